@@ -1,0 +1,326 @@
+// The vector kernel of the search (contract: nearest_code.h), written once for every instruction set.
+//
+// Many rows: lanes run along rows. A tile of row vectors stays in the L1 cache, transposed, while code values are
+// broadcast from the codebook as it lies in memory; every lane holds one (row, code) chain, and because codes come
+// in ascending order a strict comparison settles ties. A group of codes is first reduced with max alone: whether any
+// lane improved, and which code did it, is looked at only then, which seldom happens once a good code is known.
+// Few rows: lanes run along codes, transposed on the way through the cache, so that one row against a large
+// codebook costs one pass over it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "float16.h"
+#include "nearest_code.h"
+
+namespace vqkernels::cpu {
+namespace {
+
+constexpr int64_t kChunkBytes = 256 * 1024;  // codes that a block of rows sweeps while they stay in L2
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
+
+template <class Simd>
+struct Search {
+  using T = typename Simd::Scalar;
+  using V = typename Simd::Vector;
+  using Index = typename Simd::Index;
+  static constexpr int L = Simd::lanes;
+  static constexpr int kRowVectors = Simd::registers == 32 ? 4 : 2;  // x kCodes accumulators fill the registers
+  static constexpr int kCodes = 6;
+  static constexpr int kTileRows = kRowVectors * L;
+  static constexpr int kFewRows = L / 2;
+  static constexpr int kGroups = 4;  // code vectors that few rows meet at a time
+
+  static constexpr T kMaxNorm = std::numeric_limits<T>::max() / 4;
+  static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+  static constexpr T kInf = std::numeric_limits<T>::infinity();
+
+  // x [count, dim] -> out [dim, ld], one lane a row of x; lanes from count on are zero.
+  template <class S>
+  static void transpose(const S* x, int64_t count, int64_t dim, T* out, int64_t ld) {
+    for (int64_t d = 0; d < dim; d += L) {
+      const int64_t width = std::min<int64_t>(L, dim - d);
+      V v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const S* row = x + i * dim + d;
+        v[i] = i >= count ? Simd::zero() : width == L ? Simd::load(row) : Simd::load(row, width);
+      }
+      Simd::transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (i < width) Simd::store(out + (d + i) * ld, v[i]);
+      }
+    }
+  }
+
+  // q of every lane of x [dim, ld].
+  static V squared_norm(const T* x, int64_t ld, int64_t dim) {
+    V q = Simd::zero();
+    for (int64_t d = 0; d < dim; ++d) {
+      const V v = Simd::load(x + d * ld);
+      q = Simd::fma(v, v, q);
+    }
+    return q;
+  }
+
+  static T bias_of(T q, Metric metric) {
+    if (!(q <= kMaxNorm)) return kNaN;  // poisons the chain of an invalid code: NaN wins no comparison
+    return metric == Metric::l2 ? q * T(-0.5) : T(0);
+  }
+
+  static T divisor_of(T q, Metric metric) { return metric == Metric::cosine && q > 0 ? std::sqrt(q) : T(1); }
+
+  // Sweeps codes [0, count) over one tile of rows: best and index (of this sweep, -1: nothing better) in memory.
+  // Kept out of line: inlined, its registers spill.
+  template <int RV>
+  __attribute__((noinline)) static void sweep(const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim, T* best, Index* index) {
+    V b[RV];
+    typename Simd::IndexVector found[RV];
+    for (int r = 0; r < RV; ++r) {
+      b[r] = Simd::load(best + r * L);
+      found[r] = Simd::index(-1);
+    }
+    for (int64_t k = 0; k < count; k += kCodes) {
+      V acc[RV][kCodes];
+      for (int c = 0; c < kCodes; ++c) {
+        for (int r = 0; r < RV; ++r) acc[r][c] = Simd::broadcast(bias[k + c]);
+      }
+      const T* low = codes + k * dim;
+      const T* high = low + 3 * dim;
+#pragma GCC unroll 2
+      for (int64_t d = 0; d < dim; ++d) {
+        V z[RV];
+        for (int r = 0; r < RV; ++r) z[r] = Simd::load(tile + (d * RV + r) * L);
+#pragma GCC unroll 6
+        for (int c = 0; c < kCodes; ++c) {
+          const V value = Simd::broadcast(c < 3 ? low[c * dim + d] : high[(c - 3) * dim + d]);
+          for (int r = 0; r < RV; ++r) acc[r][c] = Simd::fma(z[r], value, acc[r][c]);
+        }
+      }
+      typename Simd::Mask improved[RV];
+      for (int r = 0; r < RV; ++r) {
+        V top = b[r];
+        for (int c = 0; c < kCodes; ++c) top = Simd::max(acc[r][c], top);
+        improved[r] = Simd::greater(top, b[r]);
+      }
+      for (int r = 1; r < RV; ++r) improved[0] = Simd::either(improved[0], improved[r]);
+      if (!Simd::any(improved[0])) continue;
+      for (int c = 0; c < kCodes; ++c) {
+        const auto code = Simd::index(static_cast<Index>(k + c));
+        for (int r = 0; r < RV; ++r) {
+          const auto better = Simd::greater(acc[r][c], b[r]);
+          b[r] = Simd::select(better, acc[r][c], b[r]);
+          found[r] = Simd::index_select(better, code, found[r]);
+        }
+      }
+    }
+    for (int r = 0; r < RV; ++r) {
+      Simd::store(best + r * L, b[r]);
+      Simd::index_store(index + r * L, found[r]);
+    }
+  }
+
+  static void sweep_tile(int64_t row_vectors, const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim,
+                         T* best, Index* index) {
+    switch (row_vectors) {
+      case 1:
+        return sweep<1>(tile, codes, bias, count, dim, best, index);
+      case 2:
+        return sweep<2>(tile, codes, bias, count, dim, best, index);
+      case 3:
+        return sweep<(kRowVectors < 3 ? kRowVectors : 3)>(tile, codes, bias, count, dim, best, index);
+      default:
+        return sweep<kRowVectors>(tile, codes, bias, count, dim, best, index);
+    }
+  }
+
+  // The biases of codes [0, count) padded with NaN to whole groups and, where `copy` is not null, the codes
+  // themselves: widened, for cosine normalised, padded with zeros.
+  template <class C>
+  static void prepare_codes(const C* codes, int64_t count, int64_t dim, Metric metric, T* lanes, T* bias, T* copy) {
+    for (int64_t k = 0; k < count; k += L) {
+      const int64_t group = std::min<int64_t>(L, count - k);
+      transpose(codes + k * dim, group, dim, lanes, L);
+      T q[L];
+      Simd::store(q, squared_norm(lanes, L, dim));
+      for (int64_t i = 0; i < group; ++i) {
+        bias[k + i] = bias_of(q[i], metric);
+        if (copy == nullptr) continue;
+        const T divisor = divisor_of(q[i], metric);
+        for (int64_t d = 0; d < dim; ++d) copy[(k + i) * dim + d] = lanes[d * L + i] / divisor;
+      }
+    }
+    for (int64_t k = count; k % kCodes != 0; ++k) {
+      bias[k] = kNaN;
+      if (copy != nullptr) std::memset(copy + k * dim, 0, dim * sizeof(T));
+    }
+  }
+
+  template <class Z, class C>
+  static void many_rows(const Z* z, const C* codebook, const SearchBlock& b, int64_t dim, Metric metric, T* scores,
+                        int64_t* indices) {
+    const int64_t rows = b.row_end - b.row_begin;
+    const int64_t padded_rows = (rows + L - 1) / L * L;
+    const Buffer<T> tiles(padded_rows * dim), best(padded_rows), valid(padded_rows);
+    const Buffer<Index> found(padded_rows);
+    for (int64_t first = 0; first < padded_rows; first += L) {
+      const int64_t tile_first = first / kTileRows * kTileRows;
+      const int64_t ld = std::min<int64_t>(kTileRows, padded_rows - tile_first);
+      T* lanes = tiles.get() + tile_first * dim + (first - tile_first);
+      transpose(z + first * dim, rows - first, dim, lanes, ld);
+      Simd::store(&valid[first], squared_norm(lanes, ld, dim));
+      Simd::store(&best[first], Simd::broadcast(-kInf));
+    }
+    std::fill_n(indices, rows, -1);
+
+    // Codes are used where they lie, but for those that need work and the last, incomplete group.
+    constexpr bool same_type = sizeof(C) == sizeof(T);
+    const bool in_place = same_type && metric != Metric::cosine;
+    const int64_t fitting = kChunkBytes / static_cast<int64_t>(dim * sizeof(T)) / kCodes * kCodes;
+    const int64_t codes = b.code_end - b.code_begin;
+    const int64_t whole = codes / kCodes * kCodes;
+    const int64_t chunk = std::max<int64_t>(kCodes, std::min(fitting, whole));
+    const Buffer<T> bias(chunk), lanes(L * dim), copy((in_place ? kCodes : chunk) * dim);
+    for (int64_t begin = 0; begin < codes;) {
+      const int64_t count = in_place && begin < whole ? std::min(chunk, whole - begin) : std::min(chunk, codes - begin);
+      const C* source = codebook + (b.code_begin + begin) * dim;
+      const bool direct = in_place && count % kCodes == 0;
+      prepare_codes(source, count, dim, metric, lanes.get(), bias.get(), direct ? nullptr : copy.get());
+      const T* prepared = direct ? reinterpret_cast<const T*>(source) : copy.get();
+      for (int64_t first = 0; first < padded_rows; first += kTileRows) {
+        const int64_t vectors = std::min<int64_t>(kTileRows, padded_rows - first) / L;
+        sweep_tile(vectors, tiles.get() + first * dim, prepared, bias.get(), count, dim, &best[first], &found[first]);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        if (found[i] >= 0) indices[i] = b.code_begin + begin + found[i];
+      }
+      begin += count;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool is_valid = valid[i] <= kMaxNorm;
+      scores[i] = is_valid ? best[i] : -kInf;
+      if (!is_valid) indices[i] = -1;
+    }
+  }
+
+  template <class Z, class C>
+  static void few_rows(const Z* z, const C* codebook, const SearchBlock& b, int64_t dim, Metric metric, T* scores,
+                       int64_t* indices) {
+    constexpr int64_t W = kGroups * L;
+    const int64_t rows = b.row_end - b.row_begin;
+    const Buffer<T> row_values(rows * dim), best(rows * L), lanes(dim * W);
+    const Buffer<int64_t> found(rows * L);
+    for (int64_t i = 0; i < rows * dim; ++i) row_values[i] = widen(z[i]);
+    std::fill_n(best.get(), rows * L, -kInf);
+    std::fill_n(found.get(), rows * L, -1);
+
+    for (int64_t k = b.code_begin; k < b.code_end; k += W) {
+      T q[W], divisor[W], bias[W];
+      for (int g = 0; g < kGroups; ++g) {
+        const int64_t first = k + g * L;
+        const int64_t count = std::clamp<int64_t>(b.code_end - first, 0, L);
+        transpose(codebook + (count > 0 ? first * dim : 0), count, dim, lanes.get() + g * L, W);
+        Simd::store(q + g * L, squared_norm(lanes.get() + g * L, W, dim));
+        for (int i = 0; i < L; ++i) bias[g * L + i] = i < count ? bias_of(q[g * L + i], metric) : kNaN;
+      }
+      if (metric == Metric::cosine) {
+        for (int64_t i = 0; i < W; ++i) divisor[i] = divisor_of(q[i], metric);
+        for (int64_t d = 0; d < dim; ++d) {
+          for (int64_t i = 0; i < W; ++i) lanes[d * W + i] /= divisor[i];
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        V acc[kGroups];
+        for (int g = 0; g < kGroups; ++g) acc[g] = Simd::load(bias + g * L);
+        for (int64_t d = 0; d < dim; ++d) {
+          const V value = Simd::broadcast(row_values[r * dim + d]);
+          for (int g = 0; g < kGroups; ++g) acc[g] = Simd::fma(value, Simd::load(&lanes[d * W + g * L]), acc[g]);
+        }
+        const V old = Simd::load(&best[r * L]);
+        V top = old;
+        for (int g = 0; g < kGroups; ++g) top = Simd::max(acc[g], top);
+        if (!Simd::any(Simd::greater(top, old))) continue;
+        T s[W];
+        for (int g = 0; g < kGroups; ++g) Simd::store(s + g * L, acc[g]);
+        for (int i = 0; i < W; ++i) {
+          if (s[i] > best[r * L + i % L]) {
+            best[r * L + i % L] = s[i];
+            found[r * L + i % L] = k + i;
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      scores[r] = -kInf;
+      indices[r] = -1;
+      T q = 0;
+      for (int64_t d = 0; d < dim; ++d) q = std::fma(row_values[r * dim + d], row_values[r * dim + d], q);
+      if (!(q <= kMaxNorm)) continue;
+      for (int i = 0; i < L; ++i) {
+        const T score = best[r * L + i];
+        const int64_t code = found[r * L + i];
+        if (score > scores[r] || (score == scores[r] && code >= 0 && code < indices[r])) {
+          scores[r] = score;
+          indices[r] = code;
+        }
+      }
+    }
+  }
+
+  template <class Z, class C>
+  static void run(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
+    const Z* z = static_cast<const Z*>(p.z) + (b.head * p.rows + b.row_begin) * p.dim;
+    const C* codebook = static_cast<const C*>(p.codebook) + b.head * p.codes * p.dim;
+    const auto search = b.row_end - b.row_begin <= kFewRows ? few_rows<Z, C> : many_rows<Z, C>;
+    search(z, codebook, b, p.dim, p.metric, static_cast<T*>(scores), indices);
+  }
+
+  template <class Z>
+  static void run_codebook_type(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
+    switch (p.codebook_type) {
+      case DType::bfloat16:
+        return run<Z, BFloat16>(p, b, scores, indices);
+      case DType::float16:
+        return run<Z, Half>(p, b, scores, indices);
+      default:
+        return run<Z, float>(p, b, scores, indices);
+    }
+  }
+};
+
+template <template <class> class Simd>
+void search_block(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
+  switch (p.z_type) {
+    case DType::float64:
+      return Search<Simd<double>>::template run<double, double>(p, b, scores, indices);
+    case DType::bfloat16:
+      return Search<Simd<float>>::template run_codebook_type<BFloat16>(p, b, scores, indices);
+    case DType::float16:
+      return Search<Simd<float>>::template run_codebook_type<Half>(p, b, scores, indices);
+    default:
+      return Search<Simd<float>>::template run_codebook_type<float>(p, b, scores, indices);
+  }
+}
+
+}  // namespace
+}  // namespace vqkernels::cpu

@@ -1,0 +1,132 @@
+// Gather, error and gradient of rows (formulas: vector_quantize.h), written once; the compiler vectorises along the
+// columns for each instruction set, in the fixed order of row_dot.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "fixed_order.h"
+#include "float16.h"
+#include "vector_quantize.h"
+
+namespace vqkernels::cpu {
+namespace {
+
+template <class T, class Z, class C>
+inline void quantize_rows(const QuantizeRows& p, Z* quantized, T* errors) {
+  const Z* z = static_cast<const Z*>(p.z);
+  const C* codebook = static_cast<const C*>(p.codebook);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const Z* __restrict e = z + row * p.dim;
+    Z* __restrict out = quantized + row * p.dim;
+    if (p.indices[row] < 0) {
+      const bool masked = p.mask != nullptr && !p.mask[row];
+      Z fill;
+      narrow(masked ? T(0) : std::numeric_limits<T>::quiet_NaN(), &fill);
+      std::fill_n(out, p.dim, fill);
+      errors[row] = 0;
+      continue;
+    }
+    const C* __restrict c = codebook + p.indices[row] * p.dim;
+    for (int64_t d = 0; d < p.dim; ++d) narrow(widen(c[d]), out + d);
+    const auto difference = [&](int64_t d) { return static_cast<T>(widen(e[d])) - static_cast<T>(widen(c[d])); };
+    errors[row] = row_dot<T>(p.dim, difference, difference);
+  }
+}
+
+template <class T, class Z, class C>
+inline void rotate_gradient(const Z* e, const C* c, const Z* g, int64_t dim, T coefficient, Z* out) {
+  constexpr T kEps = T(1e-6);
+  const auto ed = [&](int64_t d) { return static_cast<T>(widen(e[d])); };
+  const auto cd = [&](int64_t d) { return static_cast<T>(widen(c[d])); };
+  const auto gd = [&](int64_t d) { return static_cast<T>(widen(g[d])); };
+  const T norm_c = std::sqrt(row_dot<T>(dim, cd, cd));
+  const T divisor_e = std::max(std::sqrt(row_dot<T>(dim, ed, ed)), kEps);
+  const T divisor_c = std::max(norm_c, kEps);
+  const auto u = [&](int64_t d) { return ed(d) / divisor_e; };
+  const auto q = [&](int64_t d) { return cd(d) / divisor_c; };
+  const auto w = [&](int64_t d) { return u(d) + q(d); };
+  const T divisor_w = std::max(std::sqrt(row_dot<T>(dim, w, w)), kEps);
+  const T gw = row_dot<T>(dim, gd, w) / divisor_w;
+  const T gq = row_dot<T>(dim, gd, q);
+  const T scale = norm_c / divisor_e;
+  for (int64_t d = 0; d < dim; ++d) {
+    const T rotated = gd(d) - 2 * gw * (w(d) / divisor_w) + 2 * gq * u(d);
+    narrow(scale * rotated + coefficient * (ed(d) - cd(d)), out + d);
+  }
+}
+
+template <class T, class Z, class C>
+inline void quantize_rows_backward(const QuantizeRows& p, const Z* grad_quantized, Estimator estimator, T coefficient,
+                                   Z* grad_z) {
+  const Z* z = static_cast<const Z*>(p.z);
+  const C* codebook = static_cast<const C*>(p.codebook);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Z* __restrict out = grad_z + row * p.dim;
+    if (p.indices[row] < 0) {
+      std::fill_n(out, p.dim, Z{});
+      continue;
+    }
+    const Z* __restrict e = z + row * p.dim;
+    const C* __restrict c = codebook + p.indices[row] * p.dim;
+    const Z* __restrict g = grad_quantized == nullptr ? nullptr : grad_quantized + row * p.dim;
+    if (g == nullptr || estimator == Estimator::none) {
+      for (int64_t d = 0; d < p.dim; ++d) {
+        narrow(coefficient * (static_cast<T>(widen(e[d])) - static_cast<T>(widen(c[d]))), out + d);
+      }
+    } else if (estimator == Estimator::straight_through) {
+      for (int64_t d = 0; d < p.dim; ++d) {
+        const T difference = static_cast<T>(widen(e[d])) - static_cast<T>(widen(c[d]));
+        narrow(static_cast<T>(widen(g[d])) + coefficient * difference, out + d);
+      }
+    } else {
+      rotate_gradient(e, c, g, p.dim, coefficient, out);
+    }
+  }
+}
+
+// Calls run(accumulation type, type of z, type of the codebook) with values of those types.
+template <class Run>
+inline void with_types(const QuantizeRows& p, const Run& run) {
+  const auto with_codebook = [&](auto z) {
+    switch (p.codebook_type) {
+      case DType::bfloat16:
+        return run(float{}, z, BFloat16{});
+      case DType::float16:
+        return run(float{}, z, Half{});
+      default:
+        return run(float{}, z, float{});
+    }
+  };
+  switch (p.z_type) {
+    case DType::float64:
+      return run(double{}, double{}, double{});
+    case DType::bfloat16:
+      return with_codebook(BFloat16{});
+    case DType::float16:
+      return with_codebook(Half{});
+    default:
+      return with_codebook(float{});
+  }
+}
+
+inline void quantize_rows_any(const QuantizeRows& p, void* quantized, void* errors) {
+  with_types(p, [&](auto t, auto z, auto c) {
+    using T = decltype(t);
+    using Z = decltype(z);
+    quantize_rows<T, Z, decltype(c)>(p, static_cast<Z*>(quantized), static_cast<T*>(errors));
+  });
+}
+
+inline void quantize_rows_backward_any(const QuantizeRows& p, const void* grad_quantized, Estimator estimator,
+                                       double coefficient, void* grad_z) {
+  with_types(p, [&](auto t, auto z, auto c) {
+    using T = decltype(t);
+    using Z = decltype(z);
+    quantize_rows_backward<T, Z, decltype(c)>(p, static_cast<const Z*>(grad_quantized), estimator,
+                                              static_cast<T>(coefficient), static_cast<Z*>(grad_z));
+  });
+}
+
+}  // namespace
+}  // namespace vqkernels::cpu

@@ -1,0 +1,75 @@
+#include "cpu/vector_quantize.h"
+
+#include <tuple>
+
+#include "binding.h"
+
+namespace vqkernels {
+namespace {
+
+// Scalars of the accumulation type travel as tensors, so that no device has to wait for its host.
+void set_scalar(Tensor& t, double value) {
+  if (t.scalar_type() == ScalarType::Double) {
+    *static_cast<double*>(t.mutable_data_ptr()) = value;
+  } else {
+    *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(value);
+  }
+}
+
+double get_scalar(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.const_data_ptr())
+                                               : *static_cast<const float*>(t.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize_cpu(const Tensor& z, const Tensor& codebook,
+                                                               std::string metric, std::optional<Tensor> mask) {
+  const SearchInputs in = search_inputs(z, codebook, metric, mask);
+  Tensor quantized = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
+  Tensor indices = empty(in.z, {in.heads, in.rows}, ScalarType::Long);
+  Tensor mse = empty(in.z, {}, accumulation_type(in.z));
+  Tensor valid_rows = empty(in.z, {}, ScalarType::Long);
+  const cpu::QuantizeResult result = cpu::vector_quantize(in.cpu_problem(), quantized.mutable_data_ptr(),
+                                                          indices.mutable_data_ptr<int64_t>(), torch_threads());
+  set_scalar(mse, result.mse);
+  *valid_rows.mutable_data_ptr<int64_t>() = result.valid_rows;
+  if (quantized.scalar_type() != z.scalar_type()) quantized = torch::stable::to(quantized, z.scalar_type());
+  return {quantized, indices, mse, valid_rows};
+}
+
+Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::optional<Tensor> grad_mse,
+                                    const Tensor& z, const Tensor& codebook, const Tensor& indices,
+                                    const Tensor& valid_rows, std::string gradient) {
+  const SearchInputs in = search_inputs(z, codebook, "l2", std::nullopt);
+  check_shape(indices, "indices", {in.heads, in.rows});
+  check_type(indices, "indices", ScalarType::Long);
+  check_type(valid_rows, "valid_rows", ScalarType::Long);
+  const Tensor dense_indices = torch::stable::contiguous(indices);
+  const int64_t* index = dense_indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < in.heads * in.rows; ++i) {
+    STD_TORCH_CHECK(index[i] < in.codes, "vqkernels: indices are out of range");
+  }
+  std::optional<Tensor> dense_grad;
+  if (grad_quantized) {
+    check_shape(*grad_quantized, "grad_quantized", {in.heads, in.rows, in.dim});
+    dense_grad = torch::stable::contiguous(torch::stable::to(*grad_quantized, in.z.scalar_type()));
+  }
+  double coefficient = 0;
+  const int64_t valid = *valid_rows.const_data_ptr<int64_t>();
+  if (grad_mse && valid > 0) {
+    check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
+    coefficient = get_scalar(*grad_mse) * 2 / static_cast<double>(valid * in.dim);
+  }
+  Tensor grad_z = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
+  cpu::vector_quantize_backward(in.cpu_problem(), index, dense_grad ? dense_grad->const_data_ptr() : nullptr,
+                                estimator_of(gradient), coefficient, grad_z.mutable_data_ptr(), torch_threads());
+  if (grad_z.scalar_type() != z.scalar_type()) grad_z = torch::stable::to(grad_z, z.scalar_type());
+  return grad_z;
+}
+
+}  // namespace
+}  // namespace vqkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
+  m.impl("vector_quantize", TORCH_BOX(&vqkernels::vector_quantize_cpu));
+  m.impl("vector_quantize_backward", TORCH_BOX(&vqkernels::vector_quantize_backward_cpu));
+}

@@ -1,0 +1,193 @@
+"""Search, gather, loss, statistics and their gradient: a vector quantizer without its state."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkernels import reference
+from vqkernels.ops import _backend
+from vqkernels.ops._checks import check_choice, search_arguments
+
+GRADIENTS = ("straight_through", "rotation", "none")
+
+
+class VectorQuantizeResult(NamedTuple):
+    """What `vector_quantize` returns."""
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+    counts: Tensor | None
+    sums: Tensor | None
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def _shape_rule(
+    z: Tensor, codebook: Tensor, metric: str, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape),
+        z.new_empty(z.shape[:2], dtype=torch.int64),
+        z.new_empty((), dtype=_wide(z, codebook)),
+        z.new_empty((), dtype=torch.int64),
+    )
+
+
+def _backward_shape_rule(
+    grad_quantized: Tensor | None,
+    grad_mse: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    valid_rows: Tensor,
+    gradient: str,
+) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+_backend.define(
+    "vector_quantize(Tensor z, Tensor codebook, str metric, Tensor? mask) "
+    "-> (Tensor quantized, Tensor indices, Tensor mse, Tensor valid_rows)",
+    _shape_rule,
+)
+_backend.define(
+    "vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor z, Tensor codebook, Tensor indices, "
+    "Tensor valid_rows, str gradient) -> Tensor grad_z",
+    _backward_shape_rule,
+)
+
+
+class _VectorQuantize(torch.autograd.Function):
+    """Takes and returns the [H, N, D] shapes of the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        metric: str,
+        gradient: str,
+        commitment_weight: float,
+        codebook_weight: float,
+        statistics: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        quantize = _backend.implementation("vector_quantize", backend)
+        quantized, indices, mse, valid_rows = quantize(z, codebook, metric, mask)
+        if statistics:
+            counts, sums = _backend.implementation("code_statistics", backend)(z, indices, codebook.shape[1])
+        else:
+            counts, sums = indices.new_empty(0), mse.new_empty(0)
+        ctx.save_for_backward(z, codebook, indices, valid_rows, counts, sums)
+        ctx.options = (gradient, commitment_weight, codebook_weight, statistics, backend)
+        ctx.mark_non_differentiable(indices, counts, sums)
+        return quantized, indices, mse * (commitment_weight + codebook_weight), counts, sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_quantized, _, grad_loss, _, _ = grads
+        z, codebook, indices, valid_rows, counts, sums = ctx.saved_tensors
+        gradient, commitment_weight, codebook_weight, statistics, backend = ctx.options
+        grad_z = grad_codebook = None
+        if ctx.needs_input_grad[0]:
+            backward = _backend.implementation("vector_quantize_backward", backend)
+            grad_mse = grad_loss * commitment_weight
+            grad_z = backward(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient)
+        if ctx.needs_input_grad[1]:
+            sum_rows = _backend.implementation("code_statistics", backend)
+            num_codes = codebook.shape[1]
+            if not statistics:
+                counts, sums = sum_rows(z, indices, num_codes)
+            # d mse / d codebook is 2 / (rows D) (n_k c_k - sums_k): the statistics are all it takes.
+            scale = grad_loss * (2 * codebook_weight) / (valid_rows * z.shape[-1]).clamp(min=1)
+            grad_codebook = scale * (counts.unsqueeze(-1) * codebook.to(sums.dtype) - sums)
+            if gradient == "none":
+                grad_codebook = grad_codebook + sum_rows(grad_quantized.contiguous(), indices, num_codes)[1]
+            grad_codebook = grad_codebook.to(codebook.dtype)
+        return grad_z, grad_codebook, None, None, None, None, None, None, None
+
+
+def vector_quantize(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "l2",
+    mask: Tensor | None = None,
+    gradient: str = "straight_through",
+    commitment_weight: float = 1.0,
+    codebook_weight: float = 0.0,
+    statistics: bool = False,
+    backend: str | None = None,
+) -> VectorQuantizeResult:
+    """Replaces every row of z by its nearest code, with losses, gradients and statistics.
+
+        loss = commitment_weight mse(sg(quantized), z) + codebook_weight mse(quantized, sg(z))
+
+    where mse is the mean over the elements of the rows that have a code, and sg stops the gradient (van den Oord et
+    al., arXiv 1711.00937, equation 3). Codes are chosen as `nearest_code` does; nothing of size rows x codes is
+    stored, in either direction. Gradients are bitwise the same from run to run.
+
+    Args:
+        z: rows, [..., D], or [H, ..., D] with one codebook a head; float32, float64, bfloat16 or float16.
+        codebook: [K, D] or [H, K, D], K and D at least 1; any of these dtypes, on the device of z.
+        metric: "l2", "cosine" or "dot"; decides the choice alone: quantized rows and loss take codes as they are.
+        mask: bool [...] (with heads also [H, ...]); rows where it is False take no part.
+        gradient: how the gradient of `quantized` passes the choice. "straight_through" hands it to z unchanged,
+            "rotation" rotates and scales it from the code to the row (arXiv 2410.06424), "none" gives it to the
+            codebook, whose rows `quantized` consists of, and nothing to z.
+        commitment_weight: weight of the loss that moves z.
+        codebook_weight: weight of the loss that moves the codebook.
+        statistics: also return counts and sums as `code_statistics` does.
+        backend: None (what suits the device), "native", "triton" or "reference".
+
+    Returns:
+        quantized: the shape and dtype of z. A masked row is 0, an invalid row (see `nearest_code`) NaN, so that what
+            is computed from it shows it. Neither has a gradient or a part in loss and statistics.
+        indices: int64 [...], -1 for these rows.
+        loss: float32 (float64 for float64), a scalar; 0 where no row has a code.
+        counts: int64 [K] ([H, K]), or None.
+        sums: float32 [K, D] ([H, K, D]), or None.
+
+    Raises:
+        TypeError: an argument has an unexpected type or dtype.
+        ValueError: shapes, devices, metric, gradient or backend do not fit.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    arguments = search_arguments(z, codebook, metric, mask)
+    check_choice("gradient", gradient, GRADIENTS)
+    backend = _backend.resolve(backend, z)
+    if backend == "reference":
+        return VectorQuantizeResult(
+            *reference.vector_quantize(
+                z,
+                codebook,
+                metric=metric,
+                mask=mask,
+                gradient=gradient,
+                commitment_weight=commitment_weight,
+                codebook_weight=codebook_weight,
+                statistics=statistics,
+            )
+        )
+    quantized, indices, loss, counts, sums = _VectorQuantize.apply(
+        arguments.z,
+        arguments.codebook,
+        arguments.mask,
+        metric,
+        gradient,
+        float(commitment_weight),
+        float(codebook_weight),
+        statistics,
+        backend,
+    )
+    quantized, indices = quantized.reshape(z.shape), indices.reshape(arguments.row_shape)
+    if not statistics:
+        return VectorQuantizeResult(quantized, indices, loss, None, None)
+    if codebook.ndim == 2:
+        counts, sums = counts[0], sums[0]
+    return VectorQuantizeResult(quantized, indices, loss, counts, sums.float())
