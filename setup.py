@@ -41,8 +41,11 @@ CXX_FLAGS = [
 ]
 CAPABILITY_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512".split(),
 }
+CAPABILITY_FLAGS["avx512"] = [
+    *CAPABILITY_FLAGS["avx2"],
+    *["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"],
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "1"]
 
 

@@ -34,8 +34,8 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
 }
 
 inline void check_same_device(const Tensor& t, const char* name, const Tensor& other) {
-  STD_TORCH_CHECK(t.is_cpu() == other.is_cpu() && t.get_device_index() == other.get_device_index(), "vqkernels: ",
-                  name, " is on another device");
+  STD_TORCH_CHECK(t.is_cpu() == other.is_cpu() && t.get_device_index() == other.get_device_index(), "vqkernels: ", name,
+                  " is on another device");
 }
 
 inline DType dtype_of(const Tensor& t, const char* name) {

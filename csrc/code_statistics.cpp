@@ -17,13 +17,8 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& z, const Tensor& in
   const Tensor dense_z = torch::stable::contiguous(z), dense_indices = torch::stable::contiguous(indices);
   Tensor counts = empty(z, {heads, num_codes}, ScalarType::Long);
   Tensor sums = empty(z, {heads, num_codes, dim}, accumulation_type(z));
-  const cpu::CodeStatisticsProblem problem{dense_z.const_data_ptr(),
-                                           dense_indices.const_data_ptr<int64_t>(),
-                                           dtype_of(z, "z"),
-                                           heads,
-                                           rows,
-                                           num_codes,
-                                           dim};
+  const cpu::CodeStatisticsProblem problem{
+      dense_z.const_data_ptr(), dense_indices.const_data_ptr<int64_t>(), dtype_of(z, "z"), heads, rows, num_codes, dim};
   cpu::code_statistics(problem, counts.mutable_data_ptr<int64_t>(), sums.mutable_data_ptr(), torch_threads());
   return {counts, sums};
 }
@@ -31,6 +26,4 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& z, const Tensor& in
 }  // namespace
 }  // namespace vqkernels
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
-  m.impl("code_statistics", TORCH_BOX(&vqkernels::code_statistics_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) { m.impl("code_statistics", TORCH_BOX(&vqkernels::code_statistics_cpu)); }

@@ -41,20 +41,34 @@ struct SearchBlock {
   int64_t code_end;
 };
 
-// Writes the best score (float, or double for double inputs) and the index of every row of the block. Rows are
-// not masked here. Indices count from the start of the codebook.
-using NearestCodeKernel = void (*)(const NearestCodeProblem&, const SearchBlock&, void* scores, int64_t* indices);
+// Codes widened and, for cosine, normalised, with their biases (NaN: invalid), in float or double.
+struct PreparedCodes {
+  const void* codes;  // [heads, codes, dim]
+  const void* bias;   // [heads, codes]
+};
 
-void nearest_code_scalar(const NearestCodeProblem&, const SearchBlock&, void* scores, int64_t* indices);
-void nearest_code_avx2(const NearestCodeProblem&, const SearchBlock&, void* scores, int64_t* indices);
-void nearest_code_avx512(const NearestCodeProblem&, const SearchBlock&, void* scores, int64_t* indices);
+// Fills bias (and codes, where not null) at [code_begin, code_end) of a head; both count from the start of that head.
+using PrepareCodesKernel = void (*)(const NearestCodeProblem&, int64_t head, int64_t code_begin, int64_t code_end,
+                                    void* codes, void* bias);
+
+// Writes the best score (float, or double for double inputs) and the index of every row of the block. Rows are
+// not masked here. Indices count from the start of the codebook. Without `prepared` the kernel prepares codes itself.
+using NearestCodeKernel = void (*)(const NearestCodeProblem&, const PreparedCodes* prepared, const SearchBlock&,
+                                   void* scores, int64_t* indices);
+
+void nearest_code_scalar(const NearestCodeProblem&, const PreparedCodes*, const SearchBlock&, void*, int64_t*);
+void nearest_code_avx2(const NearestCodeProblem&, const PreparedCodes*, const SearchBlock&, void*, int64_t*);
+void nearest_code_avx512(const NearestCodeProblem&, const PreparedCodes*, const SearchBlock&, void*, int64_t*);
+void prepare_codes_avx2(const NearestCodeProblem&, int64_t, int64_t, int64_t, void* codes, void* bias);
+void prepare_codes_avx512(const NearestCodeProblem&, int64_t, int64_t, int64_t, void* codes, void* bias);
 
 // Called with rows of one head whose indices are final, on the thread that has just found them.
 using RowsDone = std::function<void(int64_t head, int64_t row_begin, int64_t row_end)>;
 
 // Searches all heads. scores: float or double [heads, rows], -Inf where the index is -1; indices: int64
-// [heads, rows]. Work memory: one buffer a thread, and rows x (code splits) where rows are too few for the
-// threads. Bitwise the same for any number of threads.
+// [heads, rows]. Work memory: a block of rows and one of codes a thread, a bias a code, a copy of the codebook where
+// it is not float or is normalised, and rows x (code splits) where rows are too few for the threads. Bitwise the same
+// for any number of threads.
 void nearest_code(const NearestCodeProblem& problem, void* scores, int64_t* indices, const Parallel& parallel,
                   const RowsDone& rows_done = nullptr);
 

@@ -14,6 +14,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "float16.h"
 #include "nearest_code.h"
@@ -57,19 +58,24 @@ struct Search {
   // x [count, dim] -> out [dim, ld], one lane a row of x; lanes from count on are zero.
   template <class S>
   static void transpose(const S* x, int64_t count, int64_t dim, T* out, int64_t ld) {
-    for (int64_t d = 0; d < dim; d += L) {
-      const int64_t width = std::min<int64_t>(L, dim - d);
+    const int64_t whole = count >= L ? dim / L * L : 0;
+    for (int64_t d = 0; d < whole; d += L) {
       V v[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        const S* row = x + i * dim + d;
-        v[i] = i >= count ? Simd::zero() : width == L ? Simd::load(row) : Simd::load(row, width);
+        v[i] = Simd::load(x + i * dim + d);
+        __builtin_prefetch(x + (i + L) * dim + d);  // short rows defeat the hardware's prefetcher
       }
       Simd::transpose(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        if (i < width) Simd::store(out + (d + i) * ld, v[i]);
-      }
+      for (int i = 0; i < L; ++i) Simd::store(out + (d + i) * ld, v[i]);
+    }
+    for (int64_t d = whole; d < dim; d += L) {
+      const int64_t width = std::min<int64_t>(L, dim - d);
+      V v[L];
+      for (int i = 0; i < L; ++i) v[i] = i < count ? Simd::load(x + i * dim + d, width) : Simd::zero();
+      Simd::transpose(v);
+      for (int i = 0; i < width; ++i) Simd::store(out + (d + i) * ld, v[i]);
     }
   }
 
@@ -93,7 +99,8 @@ struct Search {
   // Sweeps codes [0, count) over one tile of rows: best and index (of this sweep, -1: nothing better) in memory.
   // Kept out of line: inlined, its registers spill.
   template <int RV>
-  __attribute__((noinline)) static void sweep(const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim, T* best, Index* index) {
+  __attribute__((noinline)) static void sweep(const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim,
+                                              T* best, Index* index) {
     V b[RV];
     typename Simd::IndexVector found[RV];
     for (int r = 0; r < RV; ++r) {
@@ -154,8 +161,7 @@ struct Search {
     }
   }
 
-  // The biases of codes [0, count) padded with NaN to whole groups and, where `copy` is not null, the codes
-  // themselves: widened, for cosine normalised, padded with zeros.
+  // The biases of codes [0, count) and, where `copy` is not null, the codes widened and, for cosine, normalised.
   template <class C>
   static void prepare_codes(const C* codes, int64_t count, int64_t dim, Metric metric, T* lanes, T* bias, T* copy) {
     for (int64_t k = 0; k < count; k += L) {
@@ -167,18 +173,81 @@ struct Search {
         bias[k + i] = bias_of(q[i], metric);
         if (copy == nullptr) continue;
         const T divisor = divisor_of(q[i], metric);
-        for (int64_t d = 0; d < dim; ++d) copy[(k + i) * dim + d] = lanes[d * L + i] / divisor;
+        for (int64_t d = 0; d < dim; ++d)
+          copy[(k + i) * dim + d] = static_cast<T>(widen(codes[(k + i) * dim + d])) / divisor;
       }
-    }
-    for (int64_t k = count; k % kCodes != 0; ++k) {
-      bias[k] = kNaN;
-      if (copy != nullptr) std::memset(copy + k * dim, 0, dim * sizeof(T));
     }
   }
 
+  // Fills the last, incomplete group of codes with invalid ones.
+  static void pad_codes(int64_t count, int64_t dim, T* bias, T* codes) {
+    for (int64_t k = count; k % kCodes != 0; ++k) {
+      bias[k] = kNaN;
+      std::fill_n(codes + k * dim, dim, T(0));
+    }
+  }
+
+  // Hands out the codes of a block in whole groups, ready to be swept, from prepared codes or straight from the
+  // codebook. What needs no work is used where it lies.
+  template <class C>
+  class Chunks {
+   public:
+    Chunks(const C* codebook, const T* prepared_codes, const T* prepared_bias, const SearchBlock& b, int64_t dim,
+           Metric metric)
+        : codebook_(codebook),
+          prepared_codes_(prepared_codes),
+          prepared_bias_(prepared_bias),
+          code_end_(b.code_end),
+          dim_(dim),
+          metric_(metric),
+          in_place_(prepared_codes != nullptr || (std::is_same_v<C, T> && metric != Metric::cosine)),
+          chunk_(std::max<int64_t>(
+              kCodes, std::min(kChunkBytes / (dim * int64_t{sizeof(T)}), b.code_end - b.code_begin) / kCodes * kCodes)),
+          lanes_(L * dim),
+          bias_(chunk_),
+          copy_((in_place_ ? kCodes : chunk_) * dim) {}
+
+    // The chunk that begins at code `begin`; returns how many codes it holds.
+    int64_t get(int64_t begin, const T** codes, const T** bias) {
+      const int64_t rest = code_end_ - begin;
+      const bool whole = in_place_ && rest >= kCodes;
+      const int64_t count = whole ? std::min(chunk_, rest / kCodes * kCodes) : std::min(chunk_, rest);
+      *codes = copy_.get();
+      *bias = bias_.get();
+      if (prepared_codes_ != nullptr) {
+        *codes = prepared_codes_ + begin * dim_;
+        *bias = prepared_bias_ + begin;
+      } else {
+        prepare_codes(codebook_ + begin * dim_, count, dim_, metric_, lanes_.get(), bias_.get(),
+                      whole ? nullptr : copy_.get());
+        if (whole) *codes = reinterpret_cast<const T*>(codebook_ + begin * dim_);
+      }
+      if (count % kCodes != 0) {
+        if (prepared_codes_ != nullptr) {
+          std::copy_n(*codes, count * dim_, copy_.get());
+          std::copy_n(*bias, count, bias_.get());
+          *codes = copy_.get();
+          *bias = bias_.get();
+        }
+        pad_codes(count, dim_, bias_.get(), copy_.get());
+      }
+      return count;
+    }
+
+   private:
+    const C* codebook_;
+    const T* prepared_codes_;
+    const T* prepared_bias_;
+    const int64_t code_end_;
+    const int64_t dim_;
+    const Metric metric_;
+    const bool in_place_;
+    const int64_t chunk_;
+    const Buffer<T> lanes_, bias_, copy_;
+  };
+
   template <class Z, class C>
-  static void many_rows(const Z* z, const C* codebook, const SearchBlock& b, int64_t dim, Metric metric, T* scores,
-                        int64_t* indices) {
+  static void many_rows(const Z* z, Chunks<C>& chunks, const SearchBlock& b, int64_t dim, T* scores, int64_t* indices) {
     const int64_t rows = b.row_end - b.row_begin;
     const int64_t padded_rows = (rows + L - 1) / L * L;
     const Buffer<T> tiles(padded_rows * dim), best(padded_rows), valid(padded_rows);
@@ -193,26 +262,15 @@ struct Search {
     }
     std::fill_n(indices, rows, -1);
 
-    // Codes are used where they lie, but for those that need work and the last, incomplete group.
-    constexpr bool same_type = sizeof(C) == sizeof(T);
-    const bool in_place = same_type && metric != Metric::cosine;
-    const int64_t fitting = kChunkBytes / static_cast<int64_t>(dim * sizeof(T)) / kCodes * kCodes;
-    const int64_t codes = b.code_end - b.code_begin;
-    const int64_t whole = codes / kCodes * kCodes;
-    const int64_t chunk = std::max<int64_t>(kCodes, std::min(fitting, whole));
-    const Buffer<T> bias(chunk), lanes(L * dim), copy((in_place ? kCodes : chunk) * dim);
-    for (int64_t begin = 0; begin < codes;) {
-      const int64_t count = in_place && begin < whole ? std::min(chunk, whole - begin) : std::min(chunk, codes - begin);
-      const C* source = codebook + (b.code_begin + begin) * dim;
-      const bool direct = in_place && count % kCodes == 0;
-      prepare_codes(source, count, dim, metric, lanes.get(), bias.get(), direct ? nullptr : copy.get());
-      const T* prepared = direct ? reinterpret_cast<const T*>(source) : copy.get();
+    for (int64_t begin = b.code_begin; begin < b.code_end;) {
+      const T *codes, *bias;
+      const int64_t count = chunks.get(begin, &codes, &bias);
       for (int64_t first = 0; first < padded_rows; first += kTileRows) {
         const int64_t vectors = std::min<int64_t>(kTileRows, padded_rows - first) / L;
-        sweep_tile(vectors, tiles.get() + first * dim, prepared, bias.get(), count, dim, &best[first], &found[first]);
+        sweep_tile(vectors, tiles.get() + first * dim, codes, bias, count, dim, &best[first], &found[first]);
       }
       for (int64_t i = 0; i < rows; ++i) {
-        if (found[i] >= 0) indices[i] = b.code_begin + begin + found[i];
+        if (found[i] >= 0) indices[i] = begin + found[i];
       }
       begin += count;
     }
@@ -287,39 +345,70 @@ struct Search {
     }
   }
 
-  template <class Z, class C>
-  static void run(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
-    const Z* z = static_cast<const Z*>(p.z) + (b.head * p.rows + b.row_begin) * p.dim;
-    const C* codebook = static_cast<const C*>(p.codebook) + b.head * p.codes * p.dim;
-    const auto search = b.row_end - b.row_begin <= kFewRows ? few_rows<Z, C> : many_rows<Z, C>;
-    search(z, codebook, b, p.dim, p.metric, static_cast<T*>(scores), indices);
+  template <class C>
+  static void prepare(const NearestCodeProblem& p, int64_t head, int64_t code_begin, int64_t code_end, void* codes,
+                      void* bias) {
+    const Buffer<T> lanes(L * p.dim);
+    const C* source = static_cast<const C*>(p.codebook) + (head * p.codes + code_begin) * p.dim;
+    T* copy = codes == nullptr ? nullptr : static_cast<T*>(codes) + code_begin * p.dim;
+    prepare_codes(source, code_end - code_begin, p.dim, p.metric, lanes.get(), static_cast<T*>(bias) + code_begin,
+                  copy);
   }
 
-  template <class Z>
-  static void run_codebook_type(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
-    switch (p.codebook_type) {
-      case DType::bfloat16:
-        return run<Z, BFloat16>(p, b, scores, indices);
-      case DType::float16:
-        return run<Z, Half>(p, b, scores, indices);
-      default:
-        return run<Z, float>(p, b, scores, indices);
+  template <class Z, class C>
+  static void run(const NearestCodeProblem& p, const PreparedCodes* prepared, const SearchBlock& b, void* scores,
+                  int64_t* indices) {
+    const Z* z = static_cast<const Z*>(p.z) + (b.head * p.rows + b.row_begin) * p.dim;
+    const C* codebook = static_cast<const C*>(p.codebook) + b.head * p.codes * p.dim;
+    if (prepared == nullptr && b.row_end - b.row_begin <= kFewRows) {
+      return few_rows(z, codebook, b, p.dim, p.metric, static_cast<T*>(scores), indices);
     }
+    const T* codes = prepared ? static_cast<const T*>(prepared->codes) + b.head * p.codes * p.dim : nullptr;
+    const T* bias = prepared ? static_cast<const T*>(prepared->bias) + b.head * p.codes : nullptr;
+    Chunks<C> chunks(codebook, codes, bias, b, p.dim, p.metric);
+    many_rows(z, chunks, b, p.dim, static_cast<T*>(scores), indices);
   }
 };
 
-template <template <class> class Simd>
-void search_block(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
+// Calls run(Search<...>, a value of z's type, a value of the codebook's type).
+template <template <class> class Simd, class Run>
+void with_types(const NearestCodeProblem& p, const Run& run) {
+  const auto with_codebook = [&](auto z) {
+    switch (p.codebook_type) {
+      case DType::bfloat16:
+        return run(Search<Simd<float>>{}, z, BFloat16{});
+      case DType::float16:
+        return run(Search<Simd<float>>{}, z, Half{});
+      default:
+        return run(Search<Simd<float>>{}, z, float{});
+    }
+  };
   switch (p.z_type) {
     case DType::float64:
-      return Search<Simd<double>>::template run<double, double>(p, b, scores, indices);
+      return run(Search<Simd<double>>{}, double{}, double{});
     case DType::bfloat16:
-      return Search<Simd<float>>::template run_codebook_type<BFloat16>(p, b, scores, indices);
+      return with_codebook(BFloat16{});
     case DType::float16:
-      return Search<Simd<float>>::template run_codebook_type<Half>(p, b, scores, indices);
+      return with_codebook(Half{});
     default:
-      return Search<Simd<float>>::template run_codebook_type<float>(p, b, scores, indices);
+      return with_codebook(float{});
   }
+}
+
+template <template <class> class Simd>
+void search_block(const NearestCodeProblem& p, const PreparedCodes* prepared, const SearchBlock& b, void* scores,
+                  int64_t* indices) {
+  with_types<Simd>(p, [&](auto search, auto z, auto c) {
+    search.template run<decltype(z), decltype(c)>(p, prepared, b, scores, indices);
+  });
+}
+
+template <template <class> class Simd>
+void prepare_block(const NearestCodeProblem& p, int64_t head, int64_t code_begin, int64_t code_end, void* codes,
+                   void* bias) {
+  with_types<Simd>(p, [&](auto search, auto, auto c) {
+    search.template prepare<decltype(c)>(p, head, code_begin, code_end, codes, bias);
+  });
 }
 
 }  // namespace

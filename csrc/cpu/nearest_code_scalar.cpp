@@ -86,7 +86,8 @@ void search_codebook_type(const NearestCodeProblem& p, const SearchBlock& b, flo
 
 }  // namespace
 
-void nearest_code_scalar(const NearestCodeProblem& p, const SearchBlock& b, void* scores, int64_t* indices) {
+void nearest_code_scalar(const NearestCodeProblem& p, const PreparedCodes*, const SearchBlock& b, void* scores,
+                         int64_t* indices) {
   switch (p.z_type) {
     case DType::float64:
       return search<double, double, double>(p, b, static_cast<double*>(scores), indices);

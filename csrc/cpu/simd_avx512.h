@@ -30,18 +30,14 @@ struct Avx512<float> {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static Vector load(const Half* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
+  static Vector load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   // The first n elements, then zeros.
   static Vector load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
   static Vector load(const BFloat16* p, int64_t n) {
     const __m256i bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static Vector load(const Half* p, int64_t n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
-  }
+  static Vector load(const Half* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p)); }
   static void store(float* p, Vector x) { _mm512_storeu_ps(p, x); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
@@ -53,9 +49,7 @@ struct Avx512<float> {
   static Mask either(Mask a, Mask b) { return a | b; }
   static Vector select(Mask m, Vector yes, Vector no) { return _mm512_mask_mov_ps(no, m, yes); }
   static IndexVector index(Index x) { return _mm512_set1_epi32(x); }
-  static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) {
-    return _mm512_mask_mov_epi32(no, m, yes);
-  }
+  static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) { return _mm512_mask_mov_epi32(no, m, yes); }
   static void index_store(Index* p, IndexVector x) { _mm512_storeu_si512(p, x); }
 
   static void transpose(Vector (&v)[16]) {
@@ -109,9 +103,7 @@ struct Avx512<double> {
   static Mask either(Mask a, Mask b) { return a | b; }
   static Vector select(Mask m, Vector yes, Vector no) { return _mm512_mask_mov_pd(no, m, yes); }
   static IndexVector index(Index x) { return _mm512_set1_epi64(x); }
-  static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) {
-    return _mm512_mask_mov_epi64(no, m, yes);
-  }
+  static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) { return _mm512_mask_mov_epi64(no, m, yes); }
   static void index_store(Index* p, IndexVector x) { _mm512_storeu_si512(p, x); }
 
   static void transpose(Vector (&v)[8]) {

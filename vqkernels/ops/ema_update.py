@@ -36,9 +36,9 @@ def ema_update_(
 
         cluster_size <- lerp(cluster_size, counts, 1 - decay)
         code_sum     <- lerp(code_sum, sums, 1 - decay)
-        codebook     <- code_sum / smoothed,   smoothed_k = (cluster_size_k + eps) / (n + K eps) n,  n = sum cluster_size
+        codebook     <- code_sum / smoothed,   smoothed_k = (cluster_size_k + eps) n / (n + K eps)
 
-    (van den Oord et al., arXiv 1711.00937, appendix A.1, with Laplace smoothing.) A code whose smoothed size is 0
+    with n the sum of the new cluster_size (van den Oord et al., arXiv 1711.00937, appendix A.1, with Laplace smoothing). A code whose smoothed size is 0
     stays as it is. The order of all sums is fixed: bitwise the same result on CPU and CUDA, for any number of threads.
 
     Args:

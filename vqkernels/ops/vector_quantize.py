@@ -26,9 +26,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
-def _shape_rule(
-    z: Tensor, codebook: Tensor, metric: str, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shape_rule(z: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         z.new_empty(z.shape),
         z.new_empty(z.shape[:2], dtype=torch.int64),
