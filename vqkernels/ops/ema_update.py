@@ -38,8 +38,9 @@ def ema_update_(
         code_sum     <- lerp(code_sum, sums, 1 - decay)
         codebook     <- code_sum / smoothed,   smoothed_k = (cluster_size_k + eps) n / (n + K eps)
 
-    with n the sum of the new cluster_size (van den Oord et al., arXiv 1711.00937, appendix A.1, with Laplace smoothing). A code whose smoothed size is 0
-    stays as it is. The order of all sums is fixed: bitwise the same result on CPU and CUDA, for any number of threads.
+    with n the sum of the new cluster_size (van den Oord et al., arXiv 1711.00937, appendix A.1, with Laplace
+    smoothing). A code whose smoothed size is 0 stays as it is. The order of all sums is fixed: bitwise the same result
+    on CPU and CUDA, for any number of threads.
 
     Args:
         codebook: float32 [K, D] or [H, K, D], overwritten.

@@ -24,9 +24,7 @@ def nearest_code(
     bias = bias.masked_fill(~valid_code, -torch.inf)
     valid_row = z.square().sum(-1) <= largest
     # Zeros stand in for what is invalid, so that no NaN reaches the scores.
-    scores = torch.baddbmm(
-        bias.mT, z.masked_fill(~valid_row.unsqueeze(-1), 0), codes.masked_fill(~valid_code, 0).mT
-    )
+    scores = torch.baddbmm(bias.mT, z.masked_fill(~valid_row.unsqueeze(-1), 0), codes.masked_fill(~valid_code, 0).mT)
     indices = scores.argmax(-1)
     best = scores.gather(-1, indices.unsqueeze(-1)).squeeze(-1)
     chosen = valid_row & (best > -torch.inf)
