@@ -1,6 +1,7 @@
 // The executable specification of the search (contract: nearest_code.h), and the kernel of machines without
 // AVX2. Rows go through in groups of lanes, which changes no result and lets a compiler vectorise the one
 // inner loop.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -56,6 +57,7 @@ void search(const NearestCodeProblem& p, const SearchBlock& b, T* scores, int64_
       T s[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) s[l] = p.metric == Metric::l2 ? -q / 2 : T(0);
       for (int64_t d = 0; d < p.dim; ++d) {
+#pragma GCC unroll 1  // unrolled, GCC no longer sees a loop to vectorise
         for (int64_t l = 0; l < kLanes; ++l) s[l] = std::fma(lanes[d * kLanes + l], code[d], s[l]);
       }
       for (int64_t l = 0; l < kLanes; ++l) {
