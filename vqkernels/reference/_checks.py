@@ -1,0 +1,92 @@
+"""Checks of what a layer is given."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER_TYPES = (torch.int64, torch.int32)
+
+
+def check_unsupported(**values: tuple[Any, Any]) -> None:
+    """Raises for arguments, each given as (value, default), that differ from their defaults."""
+    for name, (value, default) in values.items():
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            raise NotImplementedError(f"VectorQuantize: argument {name} is not supported yet")
+
+
+def check_single_process(sync_codebook: bool | None) -> None:
+    distributed = torch.distributed
+    if sync_codebook or (
+        sync_codebook is None
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise NotImplementedError(
+            "VectorQuantize: argument sync_codebook is not supported yet, and None means True in a distributed run; "
+            "sync_codebook=False gives every process a codebook of its own"
+        )
+
+
+def check_sizes(**sizes: object) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
+
+
+def check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+
+
+def check_at_most_one(**options: bool) -> None:
+    if sum(options.values()) > 1:
+        raise ValueError(f"{', '.join(options)}: expected at most one of them, got {len(options)}")
+
+
+def check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {_describe(value)}")
+
+
+def check_shape(name: str, value: Tensor, shape: torch.Size, x: Tensor) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} to match x of shape {list(x.shape)}, got {list(value.shape)}"
+        )
+
+
+def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
+    """Checks that x has one of the layouts, as written for the reader, and `dim` channels."""
+    if x.ndim not in [layout.count(",") + 1 for layout in layouts] or x.shape[channels] != dim:
+        raise ValueError(f"x: expected shape {' or '.join(layouts)}, got {list(x.shape)}")
+
+
+def check_indices(indices: object) -> None:
+    check_dtype("indices", indices, INTEGER_TYPES)
+
+
+def sequence_mask(x: Tensor, shape: torch.Size, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+    """Checks mask [B, N] and lens [B] of an x whose positions have the shape [B, N], and makes one mask of them."""
+    if mask is not None and lens is not None:
+        raise ValueError("mask, lens: expected at most one of them, got both")
+    name, value = ("mask", mask) if lens is None else ("lens", lens)
+    if value is None:
+        return None
+    if x.ndim != 3:
+        raise ValueError(f"{name}: expected only with x of three dimensions, got x of shape {list(x.shape)}")
+    check_dtype(name, value, (torch.bool,) if lens is None else INTEGER_TYPES)
+    check_shape(name, value, shape if lens is None else shape[:1], x)
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} to match x, got {value.device}")
+    return value if lens is None else torch.arange(shape[1], device=x.device) < value.unsqueeze(-1)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
