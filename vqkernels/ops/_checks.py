@@ -5,30 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor
+
 METRICS = ("l2", "cosine", "dot")
-
-
-def describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
-
-
-def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
-
-
-def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} to match {like_name}, got {value.device}")
-
-
-def check_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)} {why}, got {list(value.shape)}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -79,6 +58,6 @@ def search_arguments(z: Tensor, codebook: Tensor, metric: str, mask: Tensor | No
         check_device("mask", mask, "z", z)
         if heads and mask.shape == row_shape[1:]:
             mask = mask.expand(row_shape)
-        check_shape("mask", mask, row_shape, f"to match z of shape {list(z.shape)}")
+        check_shape("mask", mask, row_shape, "z", z)
         mask = mask.reshape(num_heads, rows)
     return SearchArguments(z.reshape(num_heads, rows, dim), codebook.reshape(num_heads, codes, dim), mask, row_shape)

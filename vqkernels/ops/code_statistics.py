@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.ops._checks import FLOAT_TYPES, check_device, check_shape, check_tensor
+from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor
 
 
 def _shape_rule(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def code_statistics(
         raise ValueError(f"num_codes: expected an integer of at least 1, got {num_codes!r}")
     if z.ndim < (2 if heads else 1) or z.shape[-1] == 0:
         raise ValueError(f"z: expected shape {'[H, ..., D]' if heads else '[..., D]'}, got {list(z.shape)}")
-    check_shape("indices", indices, z.shape[:-1], f"to match z of shape {list(z.shape)}")
+    check_shape("indices", indices, z.shape[:-1], "z", z)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
         return reference.code_statistics(z, indices, num_codes, heads=heads)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.ops._checks import check_device, check_shape, check_tensor
+from vqkernels.reference._checks import check_device, check_shape, check_tensor
 
 
 def _shape_rule(
@@ -60,7 +60,6 @@ def ema_update_(
     check_tensor("codebook", codebook, (torch.float32,))
     if codebook.ndim not in (2, 3) or 0 in codebook.shape:
         raise ValueError(f"codebook: expected shape [K, D] or [H, K, D], not empty, got {list(codebook.shape)}")
-    to_match = f"to match codebook of shape {list(codebook.shape)}"
     for name, value, dtype, shape in (
         ("cluster_size", cluster_size, torch.float32, codebook.shape[:-1]),
         ("code_sum", code_sum, torch.float32, codebook.shape),
@@ -68,7 +67,7 @@ def ema_update_(
         ("sums", sums, torch.float32, codebook.shape),
     ):
         check_tensor(name, value, (dtype,))
-        check_shape(name, value, shape, to_match)
+        check_shape(name, value, shape, "codebook", codebook)
         check_device(name, value, "codebook", codebook)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
@@ -80,7 +79,5 @@ def ema_update_(
         return
     update = _backend.implementation("ema_update_", backend)
     tensors = (codebook, cluster_size, code_sum, counts, sums)
-    if codebook.ndim == 2:
-        tensors = tuple(t.unsqueeze(0) for t in tensors)
     with torch.no_grad():
-        update(*tensors, float(decay), float(eps))
+        update(*(t.unsqueeze(0) if codebook.ndim == 2 else t for t in tensors), float(decay), float(eps))

@@ -1,5 +1,7 @@
 """Exact nearest-codebook search."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,26 @@ _backend.define(
 )
 
 
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    mask: Tensor | None = ...,
+    return_score: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    mask: Tensor | None = ...,
+    return_score: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     z: Tensor,
     codebook: Tensor,
@@ -60,7 +82,9 @@ def nearest_code(
     arguments = search_arguments(z, codebook, metric, mask)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
-        return reference.nearest_code(z, codebook, metric=metric, mask=mask, return_score=return_score)
+        if return_score:
+            return reference.nearest_code(z, codebook, metric=metric, mask=mask, return_score=True)
+        return reference.nearest_code(z, codebook, metric=metric, mask=mask)
     search = _backend.implementation("nearest_code", backend)
     indices, scores = search(arguments.z.detach(), arguments.codebook.detach(), metric, arguments.mask)
     indices = indices.reshape(arguments.row_shape)

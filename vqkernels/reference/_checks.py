@@ -1,4 +1,4 @@
-"""Checks of what a layer is given."""
+"""Checks of arguments, with exceptions that name the argument, what was expected and what came."""
 
 from typing import Any
 
@@ -47,17 +47,23 @@ def check_at_most_one(**options: bool) -> None:
         raise ValueError(f"{', '.join(options)}: expected at most one of them, got {len(options)}")
 
 
-def check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected a tensor of {expected}, got {_describe(value)}")
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
 
 
-def check_shape(name: str, value: Tensor, shape: torch.Size, x: Tensor) -> None:
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
     if value.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {list(shape)} to match x of shape {list(x.shape)}, got {list(value.shape)}"
+            f"{name}: expected shape {list(shape)} to match {like_name} of shape {list(like.shape)}, "
+            f"got {list(value.shape)}"
         )
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} to match {like_name}, got {value.device}")
 
 
 def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
@@ -67,7 +73,7 @@ def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
 
 
 def check_indices(indices: object) -> None:
-    check_dtype("indices", indices, INTEGER_TYPES)
+    check_tensor("indices", indices, INTEGER_TYPES)
 
 
 def sequence_mask(x: Tensor, shape: torch.Size, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
@@ -79,14 +85,13 @@ def sequence_mask(x: Tensor, shape: torch.Size, mask: Tensor | None, lens: Tenso
         return None
     if x.ndim != 3:
         raise ValueError(f"{name}: expected only with x of three dimensions, got x of shape {list(x.shape)}")
-    check_dtype(name, value, (torch.bool,) if lens is None else INTEGER_TYPES)
-    check_shape(name, value, shape if lens is None else shape[:1], x)
-    if value.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} to match x, got {value.device}")
+    check_tensor(name, value, (torch.bool,) if lens is None else INTEGER_TYPES)
+    check_shape(name, value, shape if lens is None else shape[:1], "x", x)
+    check_device(name, value, "x", x)
     return value if lens is None else torch.arange(shape[1], device=x.device) < value.unsqueeze(-1)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"

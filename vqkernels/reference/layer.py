@@ -336,7 +336,7 @@ class VectorQuantize(nn.Module):
         tokens = self._tokens(x)
         mask = _checks.sequence_mask(x, tokens.shape[:2], mask, None)
         _checks.check_indices(indices)
-        _checks.check_shape("indices", indices, self._indices_shape(x), x)
+        _checks.check_shape("indices", indices, self._indices_shape(x), "x", x)
         index_rows = self._rows(indices.reshape(*tokens.shape[:2], self.heads)).squeeze(-1)
         mask_rows = None if mask is None else self._mask_rows(mask)
         self._codebook.update_indices(self._rows(self.project_in(tokens)), index_rows.to(torch.int64), mask_rows)
@@ -348,7 +348,7 @@ class VectorQuantize(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Checks x and brings it to [B, N, dim]."""
-        _checks.check_dtype("x", x, _checks.FLOAT_TYPES)
+        _checks.check_tensor("x", x, _checks.FLOAT_TYPES)
         if self.accept_3d_fmap:
             layouts = [f"[B, {self.dim}, D, H, W]"]
         elif self.accept_image_fmap:

@@ -1,9 +1,24 @@
 """Nearest-codebook search with a matrix of all scores."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    mask: Tensor | None = ...,
+    return_score: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    z: Tensor, codebook: Tensor, *, metric: str = ..., mask: Tensor | None = ..., return_score: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     z: Tensor, codebook: Tensor, *, metric: str = "l2", mask: Tensor | None = None, return_score: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
