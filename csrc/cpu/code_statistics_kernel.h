@@ -10,17 +10,26 @@ namespace vqkernels::cpu {
 namespace {
 
 constexpr int64_t kColumns = 64;  // partial sums that stay in registers
+constexpr int64_t kAhead = 12;    // members fetched before their turn: they lie anywhere
+constexpr int64_t kLineBytes = 64;
 
-// Columns [0, width) of the members of one code; Width is width where that is known beforehand, else 0.
+// Columns [0, width) of the members of one code; Width is width where that is known beforehand, else 0. `known`
+// counts the members in memory, with those of the codes behind this one.
 template <int64_t Width, class T, class Z>
-inline void sum_columns(const Z* z, const int64_t* members, int64_t count, int64_t dim, int64_t width, T* sum) {
+inline void sum_columns(const Z* z, const int64_t* members, int64_t count, int64_t known, int64_t dim, int64_t width,
+                        T* sum) {
+  constexpr int64_t kWidth = Width > 0 ? Width : kColumns;
   const int64_t columns = Width > 0 ? Width : width;
-  double total[kColumns] = {};
+  double total[kWidth] = {};
   for (int64_t first = 0; first < count; first += kRunLength) {
     const int64_t last = std::min(count, first + kRunLength);
-    T run[kColumns] = {};
+    T run[kWidth] = {};
     for (int64_t m = first; m < last; ++m) {
       const Z* row = z + members[m] * dim;
+      if (m + kAhead < known) {
+        const char* later = reinterpret_cast<const char*>(z + members[m + kAhead] * dim);
+        for (int64_t b = 0; b < columns * int64_t{sizeof(Z)}; b += kLineBytes) __builtin_prefetch(later + b);
+      }
       for (int64_t d = 0; d < columns; ++d) run[d] += widen(row[d]);
     }
     for (int64_t d = 0; d < columns; ++d) total[d] += run[d];
@@ -32,19 +41,21 @@ template <class T, class Z>
 inline void sum_codes(const Z* z, const int64_t* order, const int64_t* offsets, int64_t code_begin, int64_t code_end,
                       int64_t dim, T* sums) {
   for (int64_t k = code_begin; k < code_end; ++k) {
+    const int64_t empty = k;
+    while (k < code_end && offsets[k + 1] == offsets[k]) ++k;
+    std::fill(sums + empty * dim, sums + k * dim, T(0));
+    if (k == code_end) return;
     const int64_t* members = order + offsets[k];
-    const int64_t count = offsets[k + 1] - offsets[k];
+    const int64_t count = offsets[k + 1] - offsets[k], known = offsets[code_end] - offsets[k];
     for (int64_t d = 0; d < dim; d += kColumns) {
       const int64_t width = std::min(kColumns, dim - d);
       T* sum = sums + k * dim + d;
-      if (count == 0) {
-        std::fill_n(sum, width, T(0));
-      } else if (width == kColumns) {
-        sum_columns<kColumns>(z + d, members, count, dim, width, sum);
+      if (width == kColumns) {
+        sum_columns<kColumns>(z + d, members, count, known, dim, width, sum);
       } else if (width == 8) {
-        sum_columns<8>(z + d, members, count, dim, width, sum);
+        sum_columns<8>(z + d, members, count, known, dim, width, sum);
       } else {
-        sum_columns<0>(z + d, members, count, dim, width, sum);
+        sum_columns<0>(z + d, members, count, known, dim, width, sum);
       }
     }
   }
