@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/float_mode.h"
 #include "cpu/nearest_code.h"
 #include "cpu/parallel.h"
 #include "types.h"
@@ -78,7 +79,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 inline cpu::Parallel torch_threads() {
   cpu::Parallel parallel;
   parallel.threads = torch::stable::get_num_threads();
-  parallel.run = [](int64_t count, const cpu::Body& body) { torch::stable::parallel_for(0, count, 1, body); };
+  parallel.run = [](int64_t count, const cpu::Body& body) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const cpu::KeepSubnormals mode;
+      body(begin, end);
+    });
+  };
   return parallel;
 }
 

@@ -8,6 +8,7 @@ namespace vqkernels {
 namespace {
 
 std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& z, const Tensor& indices, int64_t num_codes) {
+  const cpu::KeepSubnormals mode;
   STD_TORCH_CHECK(z.dim() == 3, "vqkernels: expected z [H, N, D]");
   STD_TORCH_CHECK(num_codes > 0, "vqkernels: expected num_codes of at least 1");
   const int64_t heads = z.size(0), rows = z.size(1), dim = z.size(2);

@@ -7,6 +7,7 @@ namespace {
 
 void ema_update_cpu(const Tensor& codebook, const Tensor& cluster_size, const Tensor& code_sum, const Tensor& counts,
                     const Tensor& sums, double decay, double eps) {
+  const cpu::KeepSubnormals mode;
   STD_TORCH_CHECK(codebook.dim() == 3, "vqkernels: expected codebook [H, K, D]");
   const int64_t heads = codebook.size(0), codes = codebook.size(1), dim = codebook.size(2);
   check_type(codebook, "codebook", ScalarType::Float);
@@ -18,6 +19,8 @@ void ema_update_cpu(const Tensor& codebook, const Tensor& cluster_size, const Te
   check_type(counts, "counts", ScalarType::Long);
   check_shape(sums, "sums", {heads, codes, dim});
   check_type(sums, "sums", ScalarType::Float);
+
+  for (const Tensor* t : {&cluster_size, &code_sum, &counts, &sums}) check_same_device(*t, "an argument", codebook);
 
   // Views that are not contiguous are updated in a copy and written back.
   const Tensor state[3] = {torch::stable::contiguous(codebook), torch::stable::contiguous(cluster_size),

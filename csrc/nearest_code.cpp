@@ -9,6 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> nearest_code_cpu(const Tensor& z, const Tensor& codebook, std::string metric,
                                             std::optional<Tensor> mask) {
+  const cpu::KeepSubnormals mode;
   const SearchInputs in = search_inputs(z, codebook, metric, mask);
   Tensor indices = empty(in.z, {in.heads, in.rows}, ScalarType::Long);
   Tensor scores = empty(in.z, {in.heads, in.rows}, accumulation_type(in.z));

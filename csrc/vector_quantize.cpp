@@ -23,6 +23,7 @@ double get_scalar(const Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize_cpu(const Tensor& z, const Tensor& codebook,
                                                                std::string metric, std::optional<Tensor> mask) {
+  const cpu::KeepSubnormals mode;
   const SearchInputs in = search_inputs(z, codebook, metric, mask);
   Tensor quantized = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
   Tensor indices = empty(in.z, {in.heads, in.rows}, ScalarType::Long);
@@ -39,10 +40,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize_cpu(const Tensor& z, 
 Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::optional<Tensor> grad_mse,
                                     const Tensor& z, const Tensor& codebook, const Tensor& indices,
                                     const Tensor& valid_rows, std::string gradient) {
+  const cpu::KeepSubnormals mode;
   const SearchInputs in = search_inputs(z, codebook, "l2", std::nullopt);
   check_shape(indices, "indices", {in.heads, in.rows});
   check_type(indices, "indices", ScalarType::Long);
+  check_shape(valid_rows, "valid_rows", {});
   check_type(valid_rows, "valid_rows", ScalarType::Long);
+  check_same_device(valid_rows, "valid_rows", z);
+  check_same_device(indices, "indices", z);
   const Tensor dense_indices = torch::stable::contiguous(indices);
   const int64_t* index = dense_indices.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < in.heads * in.rows; ++i) {
@@ -51,12 +56,17 @@ Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::o
   std::optional<Tensor> dense_grad;
   if (grad_quantized) {
     check_shape(*grad_quantized, "grad_quantized", {in.heads, in.rows, in.dim});
+    check_same_device(*grad_quantized, "grad_quantized", z);
     dense_grad = torch::stable::contiguous(torch::stable::to(*grad_quantized, in.z.scalar_type()));
   }
   double coefficient = 0;
   const int64_t valid = *valid_rows.const_data_ptr<int64_t>();
-  if (grad_mse && valid > 0) {
+  if (grad_mse) {
+    check_shape(*grad_mse, "grad_mse", {});
     check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
+    check_same_device(*grad_mse, "grad_mse", z);
+  }
+  if (grad_mse && valid > 0) {
     coefficient = get_scalar(*grad_mse) * 2 / static_cast<double>(valid * in.dim);
   }
   Tensor grad_z = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());

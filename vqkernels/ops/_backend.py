@@ -82,14 +82,14 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str | None:
         ValueError: the backend has no such name.
         RuntimeError: it cannot serve this device; the message says why.
     """
-    backend = backend or _default_backend
+    backend = _default_backend if backend is None else backend
     device_type = tensor.device.type
     if backend is None:
         if device_type in ("cpu", "cuda", "meta"):
             return None
         raise RuntimeError(f'no kernels for device "{device_type}"; backend="reference" runs there')
     if backend not in BACKENDS:
-        raise ValueError(f'backend: expected None or one of {", ".join(BACKENDS)}, got "{backend}"')
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = why_unavailable(backend, device_type)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot serve this call: {reason}')

@@ -1,5 +1,6 @@
 """Checks of arguments, and the one shape in which the kernels take them: z [H, N, D] and codebook [H, K, D]."""
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def search_arguments(z: Tensor, codebook: Tensor, metric: str, mask: Tensor | No
         )
     row_shape = z.shape[:-1]
     num_heads = heads[0] if heads else 1
-    rows = row_shape[1:].numel() if heads else row_shape.numel()
+    rows = prod(row_shape[1:] if heads else row_shape)
     if mask is not None:
         check_tensor("mask", mask, (torch.bool,))
         check_device("mask", mask, "z", z)

@@ -1,11 +1,13 @@
 """How many rows chose each code, and their sums."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor
+from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor, describe
 
 
 def _shape_rule(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -15,6 +17,13 @@ def _shape_rule(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Ten
 
 
 _backend.define("code_statistics(Tensor z, Tensor indices, int num_codes) -> (Tensor counts, Tensor sums)", _shape_rule)
+
+
+def _check_range(indices: Tensor, num_codes: int) -> None:
+    """What the native kernel checks on its way."""
+    outside = (indices < -1) | (indices >= num_codes)
+    if indices.device.type == "cpu" and outside.any():
+        raise IndexError(f"indices: expected values from -1 to {num_codes - 1}, got {indices[outside][0].item()}")
 
 
 def code_statistics(
@@ -46,16 +55,20 @@ def code_statistics(
     check_tensor("z", z, FLOAT_TYPES)
     check_tensor("indices", indices, (torch.int64,))
     check_device("indices", indices, "z", z)
-    if not isinstance(num_codes, int | torch.SymInt) or num_codes < 1:
-        raise ValueError(f"num_codes: expected an integer of at least 1, got {num_codes!r}")
+    if not isinstance(num_codes, int | torch.SymInt):
+        raise TypeError(f"num_codes: expected an integer, got {describe(num_codes)}")
+    if num_codes < 1:
+        raise ValueError(f"num_codes: expected at least 1, got {num_codes}")
     if z.ndim < (2 if heads else 1) or z.shape[-1] == 0:
         raise ValueError(f"z: expected shape {'[H, ..., D]' if heads else '[..., D]'}, got {list(z.shape)}")
     check_shape("indices", indices, z.shape[:-1], "z", z)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
-        return reference.code_statistics(z, indices, num_codes, heads=heads)
+        _check_range(indices, num_codes)
+        counts, sums = reference.code_statistics(z, indices, num_codes, heads=heads)
+        return counts, sums.float()
     num_heads = z.shape[0] if heads else 1
-    rows = indices.shape[1:].numel() if heads else indices.numel()
+    rows = prod(indices.shape[1:] if heads else indices.shape)
     statistics = _backend.implementation("code_statistics", backend)
     counts, sums = statistics(
         z.detach().reshape(num_heads, rows, z.shape[-1]), indices.reshape(num_heads, rows), num_codes

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.reference._checks import check_device, check_shape, check_tensor
+from vqkernels.reference._checks import check_device, check_numbers, check_shape, check_tensor
 
 
 def _shape_rule(
@@ -69,10 +69,11 @@ def ema_update_(
         check_tensor(name, value, (dtype,))
         check_shape(name, value, shape, "codebook", codebook)
         check_device(name, value, "codebook", codebook)
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
+    for name, value in (("codebook", codebook), ("cluster_size", cluster_size), ("code_sum", code_sum)):
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            raise ValueError(f"{name}: expected memory of its own for every element, got an expanded tensor")
+    check_numbers(low=0, high=1, decay=decay)
+    check_numbers(low=0, eps=eps)
     backend = _backend.resolve(backend, codebook)
     if backend == "reference":
         reference.ema_update_(codebook, cluster_size, code_sum, counts, sums, decay=decay, eps=eps)

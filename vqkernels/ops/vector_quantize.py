@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqkernels import reference
 from vqkernels.ops import _backend
 from vqkernels.ops._checks import check_choice, search_arguments
+from vqkernels.reference._checks import check_numbers
 
 GRADIENTS = ("straight_through", "rotation", "none")
 
@@ -87,6 +89,7 @@ class _VectorQuantize(torch.autograd.Function):
         return quantized, indices, mse * (commitment_weight + codebook_weight), counts, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_quantized, _, grad_loss, _, _ = grads
         z, codebook, indices, valid_rows, counts, sums = ctx.saved_tensors
@@ -103,7 +106,9 @@ class _VectorQuantize(torch.autograd.Function):
                 counts, sums = sum_rows(z, indices, num_codes)
             # d mse / d codebook is 2 / (rows D) (n_k c_k - sums_k): the statistics are all it takes.
             scale = grad_loss * (2 * codebook_weight) / (valid_rows * z.shape[-1]).clamp(min=1)
-            grad_codebook = scale * (counts.unsqueeze(-1) * codebook.to(sums.dtype) - sums)
+            pull = counts.unsqueeze(-1) * codebook.to(sums.dtype) - sums
+            # Codes without members may hold NaN or Inf.
+            grad_codebook = scale * torch.where(counts.unsqueeze(-1) > 0, pull, 0)
             if gradient == "none":
                 grad_codebook = grad_codebook + sum_rows(grad_quantized.contiguous(), indices, num_codes)[1]
             grad_codebook = grad_codebook.to(codebook.dtype)
@@ -158,6 +163,7 @@ def vector_quantize(
     """
     arguments = search_arguments(z, codebook, metric, mask)
     check_choice("gradient", gradient, GRADIENTS)
+    check_numbers(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
         return VectorQuantizeResult(
@@ -172,18 +178,23 @@ def vector_quantize(
                 statistics=statistics,
             )
         )
+    # Gradients of a narrower tensor that meets a float64 one are rounded once, at the end; its sums are its own.
+    mixed = z.dtype != codebook.dtype and torch.float64 in (z.dtype, codebook.dtype)
     quantized, indices, loss, counts, sums = _VectorQuantize.apply(
-        arguments.z,
-        arguments.codebook,
+        arguments.z.double() if mixed else arguments.z,
+        arguments.codebook.double() if mixed else arguments.codebook,
         arguments.mask,
         metric,
         gradient,
         float(commitment_weight),
         float(codebook_weight),
-        statistics,
+        statistics and not mixed,
         backend,
     )
-    quantized, indices = quantized.reshape(z.shape), indices.reshape(arguments.row_shape)
+    if statistics and mixed:
+        sum_rows = _backend.implementation("code_statistics", backend)
+        counts, sums = sum_rows(arguments.z.detach(), indices, arguments.codebook.shape[1])
+    quantized, indices = quantized.to(z.dtype).reshape(z.shape), indices.reshape(arguments.row_shape)
     if not statistics:
         return VectorQuantizeResult(quantized, indices, loss, None, None)
     if codebook.ndim == 2:

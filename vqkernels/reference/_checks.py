@@ -36,10 +36,14 @@ def check_sizes(**sizes: object) -> None:
             raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
 
 
-def check_not_negative(**values: float) -> None:
+def check_numbers(low: float | None = None, high: float | None = None, **values: object) -> None:
+    """Checks that values are numbers, and not outside [low, high]."""
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+            raise TypeError(f"{name}: expected a number, got {describe(value)}")
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name}: expected a number {bounds}, got {value!r}")
 
 
 def check_at_most_one(**options: bool) -> None:

@@ -140,14 +140,14 @@ class VectorQuantize(nn.Module):
         learnable_codebook = bool(learnable_codebook)
         ema_update = not learnable_codebook if ema_update is None else ema_update
         _checks.check_sizes(dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads)
-        _checks.check_not_negative(
+        _checks.check_numbers(
+            low=0,
             eps=eps,
             kmeans_iters=kmeans_iters,
             threshold_ema_dead_code=threshold_ema_dead_code,
             commitment_weight=commitment_weight,
         )
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
+        _checks.check_numbers(low=0, high=1, decay=decay)
         _checks.check_at_most_one(learnable_codebook=learnable_codebook, ema_update=ema_update)
         _checks.check_at_most_one(learnable_codebook=learnable_codebook, use_cosine_sim=use_cosine_sim)
         _checks.check_at_most_one(accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)

@@ -1,5 +1,6 @@
 """Nearest-codebook search with a matrix of all scores."""
 
+from math import prod
 from typing import Literal, overload
 
 import torch
@@ -27,7 +28,7 @@ def nearest_code(
     largest = torch.finfo(dtype).max / 4
     row_shape = z.shape[:-1]
     heads = codebook.shape[0] if codebook.ndim == 3 else 1
-    rows = row_shape.numel() // heads
+    rows = prod(row_shape) // heads
     z = z.detach().to(dtype).reshape(heads, rows, z.shape[-1])
     codes = codebook.detach().to(dtype).reshape(heads, -1, z.shape[-1])
 

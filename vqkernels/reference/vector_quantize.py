@@ -24,7 +24,7 @@ def vector_quantize(
     chosen = (indices >= 0).unsqueeze(-1)
     wide = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
     rows = torch.where(chosen, z.to(wide), 0)
-    codes = torch.where(chosen, _gather(codebook, indices.clamp(min=0)).to(wide), 0)
+    codes = torch.where(chosen, _gather(codebook.to(wide), indices.clamp(min=0)), 0)
 
     elements = (chosen.sum() * z.shape[-1]).clamp(min=1)
     commitment = (codes.detach() - rows).square().sum() / elements

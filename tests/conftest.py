@@ -1,0 +1,42 @@
+"""Fixtures of all tests: fresh memory holds NaN, threads and deterministic mode are as they were after every test."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# What tests share lies in modules of this folder; test files of equal names in different folders stay apart.
+sys.path.append(str(Path(__file__).parent / "ops" / "support"))
+
+settings.register_profile(
+    "vqkernels",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("vqkernels")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty, and through it every output that a kernel allocates, is filled with NaN or the largest integer."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

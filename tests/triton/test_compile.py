@@ -1,0 +1,98 @@
+"""Every kernel, as the operations launch it, compiles for NVIDIA GPUs; no GPU is needed for that."""
+
+import re
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vqkernels.triton.code_statistics import code_statistics
+from vqkernels.triton.ema_update import ema_update_
+from vqkernels.triton.vector_quantize import vector_quantize, vector_quantize_backward
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Launches compile instead; returns the PTX by kernel, signature and constants."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    programs = {}
+
+    def launch(self, *args, grid, warmup, capability, **options):
+        bound = dict(zip(self.arg_names, args, strict=False))
+        bound |= {name: options.pop(name) for name in self.arg_names if name in options}
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.params):
+            value = bound[parameter.name]
+            divisible = not isinstance(value, int) or value % 16 == 0
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+            else:
+                assert isinstance(value, int | float)
+                signature[parameter.name] = parameter.annotation_type
+                assert signature[parameter.name] == ("i64" if isinstance(value, int) else "fp32")
+            if signature[parameter.name] not in ("constexpr", "fp32") and divisible and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        key = (self.__name__, str(signature), str(constants), str(attributes))
+        if key not in programs:
+            source = ASTSource(self, signature, constants, attributes)
+            target = GPUTarget("cuda", capability, 32)
+            programs[key] = triton.compile(source, target=target, options=options).asm["ptx"]
+
+    def for_capability(capability):
+        monkeypatch.setattr(JITFunction, "run", lambda *args, **kw: launch(*args, capability=capability, **kw))
+        return programs
+
+    return for_capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim"),
+    [
+        (90, torch.float32, 64),
+        (90, torch.bfloat16, 8),
+        (90, torch.float64, 12),
+        (80, torch.float16, 3),
+    ],
+)
+def test_compiles(capability, dtype, dim, compiled):
+    programs = compiled(capability)
+    z, codebook = torch.zeros(2, 40, dim, dtype=dtype), torch.zeros(2, 70, dim, dtype=dtype)
+    for mask in (None, torch.ones(2, 40, dtype=torch.bool)):
+        _, _, mse, valid_rows = vector_quantize(z, codebook, "l2", mask)
+    indices = torch.zeros(2, 40, dtype=torch.int64)
+    for gradient in ("straight_through", "rotation", "none"):
+        vector_quantize_backward(z, mse, z, codebook, indices, valid_rows, gradient)
+    code_statistics(z, indices, 70)
+    state, size = torch.zeros(2, 70, dim), torch.zeros(2, 70)
+    ema_update_(state, size, state.clone(), size.long(), state.clone(), 0.9, 1e-5)
+    assert {key[0] for key in programs} == {
+        "_column_sum_kernel",
+        "_quantize_backward_kernel",
+        "_quantize_kernel",
+        "_search_kernel",
+        "_squared_norm_kernel",
+        "_sum_codes_kernel",
+        "_sum_runs_kernel",
+        "_update_codes_kernel",
+        "_update_sizes_kernel",
+    }
+    for ptx in programs.values():
+        instructions = set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", ptx, re.MULTILINE))
+        assert any(i.startswith("st.global") for i in instructions)
+        # Neither tensor cores, nor atomics, nor anything approximate or flushed to zero.
+        assert not [i for i in instructions if re.search(r"mma|tf32|^atom|^red\.|approx|ftz|div\.full", i)]

@@ -1,0 +1,7 @@
+"""Runs the command line: python -m vqkernels."""
+
+import sys
+
+from vqkernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,77 @@
+"""The command line, `python -m vqkernels`: `info` and `demo`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from vqkernels.cli import demo, info
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `run` of what it returns is the command's function."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vqkernels", description="Fused, exact and deterministic kernels for vector quantization."
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    command = commands.add_parser("info", help="what this installation runs on, and which operation runs where")
+    command.set_defaults(run=info.run)
+
+    command = commands.add_parser(
+        "demo",
+        help="train a VQ-VAE on handwritten digits, with the reference and with the fused kernels",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=demo.run)
+    command.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    command.add_argument("--steps", type=_integer(1), default=400, help="training steps of each model")
+    command.add_argument("--batch-size", type=_integer(1), default=256, help="images in a step")
+    command.add_argument(
+        "--images",
+        type=_integer(demo.FEWEST_IMAGES, demo.MOST_IMAGES),
+        default=demo.MOST_IMAGES,
+        help="images to use, a sixth of them held out",
+    )
+    command.add_argument("--codes", type=_integer(2), default=512, help="codes in the codebook")
+    command.add_argument("--seed", type=_integer(0, 2**31 - 1), default=0, help="of weights, batches and revived codes")
+    command.add_argument(
+        "--threads", type=_integer(1, 1024), default=None, help="CPU threads (default: torch's choice)"
+    )
+    command.add_argument("--out", default="demo", help="folder for demo.png and metrics.json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, or 130 where the user interrupted.
+
+    Raises:
+        SystemExit: with 2 for bad arguments, with a message (exit code 1) where the command cannot run.
+    """
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: nothing more is written", file=sys.stderr)
+        return 130
+    return 0

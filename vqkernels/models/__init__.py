@@ -1,0 +1,5 @@
+"""Models in plain PyTorch, with the quantizer as an option: the reference or the fused layer."""
+
+from vqkernels.models.vqvae import VQVAE, VQVAEOutput
+
+__all__ = ["VQVAE", "VQVAEOutput"]
