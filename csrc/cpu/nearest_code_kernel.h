@@ -22,6 +22,7 @@
 namespace vqkernels::cpu {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kChunkBytes = 256 * 1024;  // codes that a block of rows sweeps while they stay in L2
 
 template <class T>
@@ -49,7 +50,10 @@ struct Search {
   static constexpr int kCodes = 6;
   static constexpr int kTileRows = kRowVectors * L;
   static constexpr int kFewRows = L / 2;
-  static constexpr int kGroups = 4;  // code vectors that few rows meet at a time
+  // Codes a row of a tile, before which a row improves too often for a branch to foresee it.
+  static constexpr int64_t kUnsettled = 12;
+  static constexpr int64_t kLeastFetchDim = 32;  // below it the fetching itself would cost
+  static constexpr int kGroups = 4;              // code vectors that few rows meet at a time
 
   static constexpr T kMaxNorm = std::numeric_limits<T>::max() / 4;
   static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
@@ -96,23 +100,41 @@ struct Search {
 
   static T divisor_of(T q, Metric metric) { return metric == Metric::cosine && q > 0 ? std::sqrt(q) : T(1); }
 
-  // Sweeps codes [0, count) over one tile of rows: best and index (of this sweep, -1: nothing better) in memory.
+  // Memory that will be read soon, fetched a little with every group of codes.
+  struct Ahead {
+    const char* at;
+    int64_t bytes;
+  };
+
+  // Codes [0, count) that the rows of a tile meet, of which `seen` came before.
+  struct Sweep {
+    const T* codes;
+    const T* bias;
+    int64_t count;
+    int64_t dim;
+    int64_t seen;
+  };
+
+  // Sweeps codes over one tile of rows: best and index (of this sweep, -1: nothing better) in memory.
   // Kept out of line: inlined, its registers spill.
-  template <int RV>
-  __attribute__((noinline)) static void sweep(const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim,
-                                              T* best, Index* index) {
+  template <int RV, bool kFetch>
+  __attribute__((noinline)) static void sweep(const Sweep& s, const T* tile, Ahead ahead, T* best, Index* index) {
+    const int64_t dim = s.dim;
+    const int64_t unsettled = kUnsettled * RV * L - s.seen;
+    const char* const ahead_end = ahead.at + ahead.bytes;
+    const int64_t ahead_step = ahead.bytes * kCodes / s.count + kLineBytes;
     V b[RV];
     typename Simd::IndexVector found[RV];
     for (int r = 0; r < RV; ++r) {
       b[r] = Simd::load(best + r * L);
       found[r] = Simd::index(-1);
     }
-    for (int64_t k = 0; k < count; k += kCodes) {
+    for (int64_t k = 0; k < s.count; k += kCodes) {
       V acc[RV][kCodes];
       for (int c = 0; c < kCodes; ++c) {
-        for (int r = 0; r < RV; ++r) acc[r][c] = Simd::broadcast(bias[k + c]);
+        for (int r = 0; r < RV; ++r) acc[r][c] = Simd::broadcast(s.bias[k + c]);
       }
-      const T* low = codes + k * dim;
+      const T* low = s.codes + k * dim;
       const T* high = low + 3 * dim;
 #pragma GCC unroll 2
       for (int64_t d = 0; d < dim; ++d) {
@@ -124,19 +146,26 @@ struct Search {
           for (int r = 0; r < RV; ++r) acc[r][c] = Simd::fma(z[r], value, acc[r][c]);
         }
       }
-      typename Simd::Mask improved[RV];
-      for (int r = 0; r < RV; ++r) {
-        V top = b[r];
-        for (int c = 0; c < kCodes; ++c) top = Simd::max(acc[r][c], top);
-        improved[r] = Simd::greater(top, b[r]);
+      if constexpr (kFetch) {
+        for (const char* end = std::min(ahead.at + ahead_step, ahead_end); ahead.at < end; ahead.at += kLineBytes) {
+          __builtin_prefetch(ahead.at, 0, 2);
+        }
       }
-      for (int r = 1; r < RV; ++r) improved[0] = Simd::either(improved[0], improved[r]);
-      if (!Simd::any(improved[0])) continue;
+      if (k >= unsettled) {
+        typename Simd::Mask improved[RV];
+        for (int r = 0; r < RV; ++r) {
+          V top = b[r];
+          for (int c = 0; c < kCodes; ++c) top = Simd::max(acc[r][c], top);
+          improved[r] = Simd::greater(top, b[r]);
+        }
+        for (int r = 1; r < RV; ++r) improved[0] = Simd::either(improved[0], improved[r]);
+        if (!Simd::any(improved[0])) continue;
+      }
       for (int c = 0; c < kCodes; ++c) {
         const auto code = Simd::index(static_cast<Index>(k + c));
         for (int r = 0; r < RV; ++r) {
           const auto better = Simd::greater(acc[r][c], b[r]);
-          b[r] = Simd::select(better, acc[r][c], b[r]);
+          b[r] = Simd::max(acc[r][c], b[r]);
           found[r] = Simd::index_select(better, code, found[r]);
         }
       }
@@ -147,17 +176,17 @@ struct Search {
     }
   }
 
-  static void sweep_tile(int64_t row_vectors, const T* tile, const T* codes, const T* bias, int64_t count, int64_t dim,
-                         T* best, Index* index) {
+  template <bool kFetch>
+  static void sweep_tile(int64_t row_vectors, const Sweep& s, const T* tile, Ahead ahead, T* best, Index* index) {
     switch (row_vectors) {
       case 1:
-        return sweep<1>(tile, codes, bias, count, dim, best, index);
+        return sweep<1, kFetch>(s, tile, ahead, best, index);
       case 2:
-        return sweep<2>(tile, codes, bias, count, dim, best, index);
+        return sweep<2, kFetch>(s, tile, ahead, best, index);
       case 3:
-        return sweep<(kRowVectors < 3 ? kRowVectors : 3)>(tile, codes, bias, count, dim, best, index);
+        return sweep<(kRowVectors < 3 ? kRowVectors : 3), kFetch>(s, tile, ahead, best, index);
       default:
-        return sweep<kRowVectors>(tile, codes, bias, count, dim, best, index);
+        return sweep<kRowVectors, kFetch>(s, tile, ahead, best, index);
     }
   }
 
@@ -246,36 +275,48 @@ struct Search {
     const Buffer<T> lanes_, bias_, copy_;
   };
 
+  // Transposes the rows of a tile; nothing is best yet.
+  template <class Z>
+  static void load_tile(const Z* z, int64_t rows, int64_t dim, int64_t vectors, T* tile, T* best, T* norm) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      transpose(z + v * L * dim, rows - v * L, dim, tile + v * L, vectors * L);
+      Simd::store(norm + v * L, squared_norm(tile + v * L, vectors * L, dim));
+      Simd::store(best + v * L, Simd::broadcast(-kInf));
+    }
+  }
+
   template <class Z, class C>
   static void many_rows(const Z* z, Chunks<C>& chunks, const SearchBlock& b, int64_t dim, T* scores, int64_t* indices) {
     const int64_t rows = b.row_end - b.row_begin;
     const int64_t padded_rows = (rows + L - 1) / L * L;
-    const Buffer<T> tiles(padded_rows * dim), best(padded_rows), valid(padded_rows);
+    const Buffer<T> tiles(padded_rows * dim), best(padded_rows), norm(padded_rows);
     const Buffer<Index> found(padded_rows);
-    for (int64_t first = 0; first < padded_rows; first += L) {
-      const int64_t tile_first = first / kTileRows * kTileRows;
-      const int64_t ld = std::min<int64_t>(kTileRows, padded_rows - tile_first);
-      T* lanes = tiles.get() + tile_first * dim + (first - tile_first);
-      transpose(z + first * dim, rows - first, dim, lanes, ld);
-      Simd::store(&valid[first], squared_norm(lanes, ld, dim));
-      Simd::store(&best[first], Simd::broadcast(-kInf));
-    }
     std::fill_n(indices, rows, -1);
-
     for (int64_t begin = b.code_begin; begin < b.code_end;) {
-      const T *codes, *bias;
-      const int64_t count = chunks.get(begin, &codes, &bias);
+      Sweep s{};
+      s.count = chunks.get(begin, &s.codes, &s.bias);
+      s.dim = dim;
+      s.seen = begin - b.code_begin;
       for (int64_t first = 0; first < padded_rows; first += kTileRows) {
+        T* tile = tiles.get() + first * dim;
         const int64_t vectors = std::min<int64_t>(kTileRows, padded_rows - first) / L;
-        sweep_tile(vectors, tiles.get() + first * dim, codes, bias, count, dim, &best[first], &found[first]);
+        if (s.seen == 0) load_tile(z + first * dim, rows - first, dim, vectors, tile, &best[first], &norm[first]);
+        if (s.seen == 0 && dim >= kLeastFetchDim) {
+          const int64_t next = std::min(rows, first + kTileRows), next_end = std::min(rows, next + kTileRows);
+          const Ahead ahead{reinterpret_cast<const char*>(z + next * dim),
+                            (next_end - next) * dim * int64_t{sizeof(Z)}};
+          sweep_tile<true>(vectors, s, tile, ahead, &best[first], &found[first]);
+        } else {
+          sweep_tile<false>(vectors, s, tile, {}, &best[first], &found[first]);
+        }
       }
       for (int64_t i = 0; i < rows; ++i) {
         if (found[i] >= 0) indices[i] = begin + found[i];
       }
-      begin += count;
+      begin += s.count;
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const bool is_valid = valid[i] <= kMaxNorm;
+      const bool is_valid = norm[i] <= kMaxNorm;
       scores[i] = is_valid ? best[i] : -kInf;
       if (!is_valid) indices[i] = -1;
     }
