@@ -2,6 +2,10 @@
 // binary serves every torch from 2.10 on.
 #pragma once
 
+#ifdef VQKERNELS_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +19,14 @@
 #include "cpu/nearest_code.h"
 #include "cpu/parallel.h"
 #include "types.h"
+
+#ifdef VQKERNELS_CUDA
+#include "cuda/nearest_code.h"
+
+// Absent where torch has no CUDA: weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+#endif
 
 namespace vqkernels {
 
@@ -88,6 +100,31 @@ inline cpu::Parallel torch_threads() {
   return parallel;
 }
 
+#ifdef VQKERNELS_CUDA
+// While it lives the device of a tensor is the current one; stream is torch's current stream on it.
+class CudaDevice {
+ public:
+  explicit CudaDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "vqkernels: this torch has no CUDA");
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline Tensor work_memory(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
+
+// bfloat16 and float16 as float32, exactly; others as they are.
+inline Tensor widened(const Tensor& t) {
+  return t.scalar_type() == accumulation_type(t) ? t : torch::stable::to(t, accumulation_type(t));
+}
+#endif
+
 // z [H, N, D] and codebook [H, K, D], contiguous and of types that go together, with the optional mask [H, N].
 struct SearchInputs {
   Tensor z;
@@ -136,5 +173,24 @@ inline SearchInputs search_inputs(const Tensor& z, const Tensor& codebook, const
   }
   return {dense_z, dense_codebook, dense_mask, metric_of(metric), heads, rows, codes, dim};
 }
+
+#ifdef VQKERNELS_CUDA
+// z and codebook: those of the inputs, widened.
+inline void search_on_cuda(const SearchInputs& in, const Tensor& z, const Tensor& codebook, const CudaDevice& device,
+                           Tensor& scores, Tensor& indices) {
+  const cuda::NearestCodeProblem problem{z.const_data_ptr(),
+                                         codebook.const_data_ptr(),
+                                         in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr,
+                                         dtype_of(z, "z"),
+                                         in.metric,
+                                         in.heads,
+                                         in.rows,
+                                         in.codes,
+                                         in.dim};
+  Tensor workspace = work_memory(z, cuda::nearest_code_workspace(problem));
+  cuda::nearest_code(problem, workspace.mutable_data_ptr(), scores.mutable_data_ptr(),
+                     indices.mutable_data_ptr<int64_t>(), device.stream);
+}
+#endif
 
 }  // namespace vqkernels

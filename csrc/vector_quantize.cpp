@@ -3,6 +3,9 @@
 #include <tuple>
 
 #include "binding.h"
+#ifdef VQKERNELS_CUDA
+#include "cuda/vector_quantize.h"
+#endif
 
 namespace vqkernels {
 namespace {
@@ -76,6 +79,73 @@ Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::o
   return grad_z;
 }
 
+#ifdef VQKERNELS_CUDA
+// codebook: that of the inputs, widened.
+cuda::QuantizeProblem cuda_problem(const SearchInputs& in, const Tensor& codebook, const Tensor& indices) {
+  return {in.z.const_data_ptr(),
+          codebook.const_data_ptr(),
+          indices.const_data_ptr<int64_t>(),
+          in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr,
+          dtype_of(in.z, "z"),
+          in.heads,
+          in.rows,
+          in.codes,
+          in.dim};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize_cuda(const Tensor& z, const Tensor& codebook,
+                                                                std::string metric, std::optional<Tensor> mask) {
+  const CudaDevice device(z);
+  const SearchInputs in = search_inputs(z, codebook, metric, mask);
+  const Tensor wide_codebook = widened(in.codebook);
+  Tensor quantized = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
+  Tensor indices = empty(in.z, {in.heads, in.rows}, ScalarType::Long);
+  Tensor mse = empty(in.z, {}, accumulation_type(in.z));
+  Tensor valid_rows = empty(in.z, {}, ScalarType::Long);
+  // A row's score is not needed once its index is known: its place takes the row's error.
+  Tensor errors = empty(in.z, {in.heads, in.rows}, accumulation_type(in.z));
+  search_on_cuda(in, widened(in.z), wide_codebook, device, errors, indices);
+  cuda::vector_quantize(cuda_problem(in, wide_codebook, indices), quantized.mutable_data_ptr(),
+                        errors.mutable_data_ptr(), mse.mutable_data_ptr(), valid_rows.mutable_data_ptr<int64_t>(),
+                        device.stream);
+  if (quantized.scalar_type() != z.scalar_type()) quantized = torch::stable::to(quantized, z.scalar_type());
+  return {quantized, indices, mse, valid_rows};
+}
+
+// Indices that are out of range belong to no code: looking at them here would mean waiting for the device.
+Tensor vector_quantize_backward_cuda(std::optional<Tensor> grad_quantized, std::optional<Tensor> grad_mse,
+                                     const Tensor& z, const Tensor& codebook, const Tensor& indices,
+                                     const Tensor& valid_rows, std::string gradient) {
+  const CudaDevice device(z);
+  const SearchInputs in = search_inputs(z, codebook, "l2", std::nullopt);
+  check_shape(indices, "indices", {in.heads, in.rows});
+  check_type(indices, "indices", ScalarType::Long);
+  check_same_device(indices, "indices", z);
+  check_shape(valid_rows, "valid_rows", {});
+  check_type(valid_rows, "valid_rows", ScalarType::Long);
+  check_same_device(valid_rows, "valid_rows", z);
+  const Tensor wide_codebook = widened(in.codebook), dense_indices = torch::stable::contiguous(indices);
+  std::optional<Tensor> dense_grad;
+  if (grad_quantized) {
+    check_shape(*grad_quantized, "grad_quantized", {in.heads, in.rows, in.dim});
+    check_same_device(*grad_quantized, "grad_quantized", z);
+    dense_grad = torch::stable::contiguous(torch::stable::to(*grad_quantized, in.z.scalar_type()));
+  }
+  if (grad_mse) {
+    check_shape(*grad_mse, "grad_mse", {});
+    check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
+    check_same_device(*grad_mse, "grad_mse", z);
+  }
+  Tensor grad_z = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
+  cuda::vector_quantize_backward(cuda_problem(in, wide_codebook, dense_indices),
+                                 dense_grad ? dense_grad->const_data_ptr() : nullptr,
+                                 grad_mse ? grad_mse->const_data_ptr() : nullptr, valid_rows.const_data_ptr<int64_t>(),
+                                 estimator_of(gradient), grad_z.mutable_data_ptr(), device.stream);
+  if (grad_z.scalar_type() != z.scalar_type()) grad_z = torch::stable::to(grad_z, z.scalar_type());
+  return grad_z;
+}
+#endif
+
 }  // namespace
 }  // namespace vqkernels
 
@@ -83,3 +153,9 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("vector_quantize", TORCH_BOX(&vqkernels::vector_quantize_cpu));
   m.impl("vector_quantize_backward", TORCH_BOX(&vqkernels::vector_quantize_backward_cpu));
 }
+#ifdef VQKERNELS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
+  m.impl("vector_quantize", TORCH_BOX(&vqkernels::vector_quantize_cuda));
+  m.impl("vector_quantize_backward", TORCH_BOX(&vqkernels::vector_quantize_backward_cuda));
+}
+#endif
