@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +102,19 @@ def test_backend_from_the_environment(monkeypatch, value):
         assert "expected None or one of native, triton, reference" in result.stderr
     else:
         assert result.stdout.strip() == "[0]"
+
+
+def test_source_tree_without_library_says_so(tmp_path):
+    package = Path(vqkernels.__file__).parent
+    shutil.copytree(package, tmp_path / "vqkernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    # -S keeps out an editable installation's finder; torch is put back by hand.
+    site = Path(torch.__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.append({str(site)!r}); import vqkernels"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "the native library of vqkernels cannot be loaded" in result.stderr
+    assert "pip install -e ." in result.stderr

@@ -4,11 +4,18 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqkernels import _C  # loading it registers the native kernels with torch
+try:
+    from vqkernels import _C  # loading it registers the native kernels with torch
+except ImportError as error:
+    raise ImportError(
+        f"the native library of vqkernels cannot be loaded from {Path(__file__).parents[1]}: {error}. In a source tree "
+        "build it with `pip install -e .`; to use an installed vqkernels, run from another folder."
+    ) from error
 
 BACKENDS = ("native", "triton", "reference")
 
