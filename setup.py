@@ -2,7 +2,7 @@
 
 Environment variables:
     CUDA_HOME, CUDA_PATH    where the CUDA toolkit is; else nvcc on PATH, else /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST    architectures, as torch reads it ("8.0;9.0a;10.0+PTX")
+    TORCH_CUDA_ARCH_LIST    architectures by number ("8.0;9.0a;10.0+PTX", the default)
     MAX_JOBS                compile jobs at a time
     VQKERNELS_CPU_ONLY=1    leave the CUDA kernels out
     CXX                     the C++ compiler (default c++, then g++, then clang++)
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibi
 
 def find_compiler() -> str:
     for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
-        if shutil.which(name.split()[0]):
+        if shutil.which(shlex.split(name)[0]):
             return name
     raise RuntimeError(
         "vqkernels is compiled at installation and found no C++ compiler. Install one (Debian and Ubuntu: "
@@ -83,11 +84,14 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def architecture_flags(version: str) -> tuple[list[str], str]:
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";")
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and tuple(map(int, version.split("."))) < (12, 8):
-        names = "8.0;9.0a+PTX"  # older toolkits do not know 10.0
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = (wanted or DEFAULT_ARCHITECTURES).replace(" ", ";")
+    if not wanted and tuple(map(int, version.split("."))) < (12, 8):
+        names = "8.0;9.0a;9.0+PTX"  # older toolkits do not know 10.0
     flags = []
     for name in filter(None, names.split(";")):
+        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name):
+            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST: expected entries like "9.0a" or "10.0+PTX", got "{name}"')
         number = name.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
@@ -117,7 +121,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         compiler = find_compiler()
-        version_line = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+        version_line = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
         nvcc = find_nvcc()
         cuda_version = nvcc_version(nvcc) if nvcc else ""
         arch_flags, arch_names = architecture_flags(cuda_version) if nvcc else ([], "")
@@ -125,12 +129,12 @@ class NinjaBuild(build_ext):
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 
         includes = [torch_root / "include", sysconfig.get_path("include"), pybind11.get_include()]
-        common = [f"-isystem {path}" for path in includes] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        common = [f"-isystem{path}" for path in includes] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
         common += [f"-I{build_dir}"]
         common += ["-DVQKERNELS_X86"] if is_x86 else []
         common += ["-DVQKERNELS_CUDA"] if nvcc else []
         if nvcc:
-            common += [f"-isystem {cuda_home(nvcc) / 'include'}"]
+            common += [f"-isystem{cuda_home(nvcc) / 'include'}"]
         write_build_config(
             build_dir / "build_config.h",
             compiler=version_line.splitlines()[0] if version_line else compiler,
@@ -143,7 +147,7 @@ class NinjaBuild(build_ext):
         with path.open("w") as file:
             n = ninja_syntax.Writer(file, width=10000)
             n.variable("cxx", compiler)
-            n.variable("nvcc", str(nvcc))
+            n.variable("nvcc", shlex.quote(str(nvcc)))
             n.rule("cxx", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("nvcc", "$nvcc -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("link", "$cxx -shared $in -o $out $flags")
@@ -155,12 +159,12 @@ class NinjaBuild(build_ext):
                     continue
                 flags = [*CXX_FLAGS, *common, *CAPABILITY_FLAGS.get(level, [])]
                 out = build_dir / source.relative_to(CSRC).with_suffix(".o")
-                n.build(str(out), "cxx", str(source), variables={"flags": " ".join(flags)})
+                n.build(str(out), "cxx", str(source), variables={"flags": shlex.join(flags)})
                 objects.append(str(out))
             for source in sorted(CSRC.glob("cuda/*.cu")) if nvcc else []:
                 out = build_dir / source.relative_to(CSRC).with_suffix(".cu.o")
-                flags = [*NVCC_FLAGS, *arch_flags, "-ccbin", compiler]
-                n.build(str(out), "nvcc", str(source), variables={"flags": " ".join(flags)})
+                flags = [*NVCC_FLAGS, *arch_flags, "-ccbin", shlex.split(compiler)[-1]]
+                n.build(str(out), "nvcc", str(source), variables={"flags": shlex.join(flags)})
                 objects.append(str(out))
             # libtorch brings libtorch_cuda into scope where torch has it.
             link = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
@@ -169,7 +173,7 @@ class NinjaBuild(build_ext):
             if nvcc:
                 libraries = [cuda_home(nvcc) / part for part in ("lib64", "targets/x86_64-linux/lib")]
                 link += [f"-L{path}" for path in libraries] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            n.build(str(target), "link", objects, variables={"flags": " ".join(link)})
+            n.build(str(target), "link", objects, variables={"flags": shlex.join(link)})
 
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
         if os.environ.get("MAX_JOBS"):

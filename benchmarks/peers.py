@@ -121,9 +121,10 @@ def search_faiss(z: Tensor, codebook: Tensor) -> Callable[[], Any]:
 def search_sklearn(z: Tensor, codebook: Tensor) -> Callable[[], Any]:
     _require_cpu(z, "scikit-learn")
     metrics = _import("sklearn.metrics", "scikit-learn")
-    _import("threadpoolctl", "threadpoolctl").threadpool_limits(limits=torch.get_num_threads())
+    # Limits are the process's: wrapped, they end with the call. The libraries are looked up here, not in every call.
+    pools = _import("threadpoolctl", "threadpoolctl").ThreadpoolController()
     rows, codes = z.numpy(), codebook.numpy()
-    return lambda: metrics.pairwise_distances_argmin(rows, codes)
+    return pools.wrap(limits=torch.get_num_threads())(lambda: metrics.pairwise_distances_argmin(rows, codes))
 
 
 def search_vector_quantize_pytorch(z: Tensor, codebook: Tensor) -> Callable[[], Tensor]:

@@ -40,21 +40,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize_cpu(const Tensor& z, 
   return {quantized, indices, mse, valid_rows};
 }
 
-Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::optional<Tensor> grad_mse,
-                                    const Tensor& z, const Tensor& codebook, const Tensor& indices,
-                                    const Tensor& valid_rows, std::string gradient) {
-  const cpu::KeepSubnormals mode;
+// What the gradient is computed from, contiguous and of types that go together.
+struct GradientInputs {
+  SearchInputs search;
+  Tensor indices;                        // [H, N], int64
+  std::optional<Tensor> grad_quantized;  // [H, N, D], in the type of search.z
+  Estimator estimator;
+};
+
+GradientInputs gradient_inputs(const std::optional<Tensor>& grad_quantized, const std::optional<Tensor>& grad_mse,
+                               const Tensor& z, const Tensor& codebook, const Tensor& indices, const Tensor& valid_rows,
+                               const std::string& gradient) {
   const SearchInputs in = search_inputs(z, codebook, "l2", std::nullopt);
   check_shape(indices, "indices", {in.heads, in.rows});
   check_type(indices, "indices", ScalarType::Long);
+  check_same_device(indices, "indices", z);
   check_shape(valid_rows, "valid_rows", {});
   check_type(valid_rows, "valid_rows", ScalarType::Long);
   check_same_device(valid_rows, "valid_rows", z);
-  check_same_device(indices, "indices", z);
-  const Tensor dense_indices = torch::stable::contiguous(indices);
-  const int64_t* index = dense_indices.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < in.heads * in.rows; ++i) {
-    STD_TORCH_CHECK(index[i] < in.codes, "vqkernels: indices are out of range");
+  if (grad_mse) {
+    check_shape(*grad_mse, "grad_mse", {});
+    check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
+    check_same_device(*grad_mse, "grad_mse", z);
   }
   std::optional<Tensor> dense_grad;
   if (grad_quantized) {
@@ -62,19 +69,28 @@ Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::o
     check_same_device(*grad_quantized, "grad_quantized", z);
     dense_grad = torch::stable::contiguous(torch::stable::to(*grad_quantized, in.z.scalar_type()));
   }
+  return {in, torch::stable::contiguous(indices), dense_grad, estimator_of(gradient)};
+}
+
+Tensor vector_quantize_backward_cpu(std::optional<Tensor> grad_quantized, std::optional<Tensor> grad_mse,
+                                    const Tensor& z, const Tensor& codebook, const Tensor& indices,
+                                    const Tensor& valid_rows, std::string gradient) {
+  const cpu::KeepSubnormals mode;
+  const GradientInputs inputs = gradient_inputs(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient);
+  const SearchInputs& in = inputs.search;
+  const int64_t* index = inputs.indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < in.heads * in.rows; ++i) {
+    STD_TORCH_CHECK(index[i] < in.codes, "vqkernels: indices are out of range");
+  }
   double coefficient = 0;
   const int64_t valid = *valid_rows.const_data_ptr<int64_t>();
-  if (grad_mse) {
-    check_shape(*grad_mse, "grad_mse", {});
-    check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
-    check_same_device(*grad_mse, "grad_mse", z);
-  }
   if (grad_mse && valid > 0) {
     coefficient = get_scalar(*grad_mse) * 2 / static_cast<double>(valid * in.dim);
   }
   Tensor grad_z = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
-  cpu::vector_quantize_backward(in.cpu_problem(), index, dense_grad ? dense_grad->const_data_ptr() : nullptr,
-                                estimator_of(gradient), coefficient, grad_z.mutable_data_ptr(), torch_threads());
+  cpu::vector_quantize_backward(in.cpu_problem(), index,
+                                inputs.grad_quantized ? inputs.grad_quantized->const_data_ptr() : nullptr,
+                                inputs.estimator, coefficient, grad_z.mutable_data_ptr(), torch_threads());
   if (grad_z.scalar_type() != z.scalar_type()) grad_z = torch::stable::to(grad_z, z.scalar_type());
   return grad_z;
 }
@@ -117,30 +133,14 @@ Tensor vector_quantize_backward_cuda(std::optional<Tensor> grad_quantized, std::
                                      const Tensor& z, const Tensor& codebook, const Tensor& indices,
                                      const Tensor& valid_rows, std::string gradient) {
   const CudaDevice device(z);
-  const SearchInputs in = search_inputs(z, codebook, "l2", std::nullopt);
-  check_shape(indices, "indices", {in.heads, in.rows});
-  check_type(indices, "indices", ScalarType::Long);
-  check_same_device(indices, "indices", z);
-  check_shape(valid_rows, "valid_rows", {});
-  check_type(valid_rows, "valid_rows", ScalarType::Long);
-  check_same_device(valid_rows, "valid_rows", z);
-  const Tensor wide_codebook = widened(in.codebook), dense_indices = torch::stable::contiguous(indices);
-  std::optional<Tensor> dense_grad;
-  if (grad_quantized) {
-    check_shape(*grad_quantized, "grad_quantized", {in.heads, in.rows, in.dim});
-    check_same_device(*grad_quantized, "grad_quantized", z);
-    dense_grad = torch::stable::contiguous(torch::stable::to(*grad_quantized, in.z.scalar_type()));
-  }
-  if (grad_mse) {
-    check_shape(*grad_mse, "grad_mse", {});
-    check_type(*grad_mse, "grad_mse", accumulation_type(in.z));
-    check_same_device(*grad_mse, "grad_mse", z);
-  }
+  const GradientInputs inputs = gradient_inputs(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient);
+  const SearchInputs& in = inputs.search;
+  const Tensor wide_codebook = widened(in.codebook);
   Tensor grad_z = empty(in.z, {in.heads, in.rows, in.dim}, in.z.scalar_type());
-  cuda::vector_quantize_backward(cuda_problem(in, wide_codebook, dense_indices),
-                                 dense_grad ? dense_grad->const_data_ptr() : nullptr,
+  cuda::vector_quantize_backward(cuda_problem(in, wide_codebook, inputs.indices),
+                                 inputs.grad_quantized ? inputs.grad_quantized->const_data_ptr() : nullptr,
                                  grad_mse ? grad_mse->const_data_ptr() : nullptr, valid_rows.const_data_ptr<int64_t>(),
-                                 estimator_of(gradient), grad_z.mutable_data_ptr(), device.stream);
+                                 inputs.estimator, grad_z.mutable_data_ptr(), device.stream);
   if (grad_z.scalar_type() != z.scalar_type()) grad_z = torch::stable::to(grad_z, z.scalar_type());
   return grad_z;
 }

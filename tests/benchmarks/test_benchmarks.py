@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 import torch
 
-from benchmarks import limits, timing, truth
+from benchmarks import limits, peers, timing, truth
 from benchmarks.__main__ import OPERATIONS, main
 from benchmarks.cases import Case, parse_case
 from benchmarks.measure import OURS
@@ -80,6 +81,27 @@ def test_figures_follow_from_the_samples(groups: dict[str, dict], name: str) -> 
 
 def test_work_of_a_search_is_two_operations_a_product(groups: dict[str, dict]) -> None:
     assert groups["nearest_code"]["work"] == 2 * 192 * 40 * 8
+
+
+def test_scikit_learn_limits_threads_for_its_own_calls_alone() -> None:
+    def sizes() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
+
+    threads, seen = torch.get_num_threads(), []
+    z, codebook = torch.randn(30, 4), torch.randn(5, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sklearn.metrics.pairwise_distances_argmin", lambda rows, codes: seen.append(sizes()))
+        torch.set_num_threads(1)
+        try:
+            search = peers.search_sklearn(z, codebook)
+        finally:
+            torch.set_num_threads(threads)
+        with threadpoolctl.threadpool_limits(limits=2):
+            before = sizes()
+            search()
+            assert sizes() == before
+    assert 2 in before
+    assert seen == [[1] * len(before)]
 
 
 def test_markdown_and_plots(folder: Path) -> None:

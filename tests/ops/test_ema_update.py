@@ -169,11 +169,22 @@ def test_parameters_are_updated():
     assert codebook.is_leaf
 
 
-def test_a_target_that_overlaps_itself_is_refused_whole():
+@pytest.mark.parametrize(
+    "codebook",
+    [torch.zeros(1, 5).expand(9, 5), torch.zeros(25).as_strided((9, 5), (2, 1))],
+    ids=["expanded", "strided"],
+)
+def test_a_target_that_overlaps_itself_is_refused_whole(codebook):
     """Where the update cannot be written, nothing is: the state must not be left half new."""
     _, cluster_size, code_sum, counts, sums = make_state(9, 5)
     before = cluster_size.clone(), code_sum.clone()
-    with pytest.raises((ValueError, RuntimeError)):
-        vqkernels.ema_update_(torch.zeros(1, 5).expand(9, 5), cluster_size, code_sum, counts, sums, decay=0.9, eps=1e-5)
+    with pytest.raises(ValueError, match="codebook: expected memory of its own"):
+        vqkernels.ema_update_(codebook, cluster_size, code_sum, counts, sums, decay=0.9, eps=1e-5)
     assert torch.equal(cluster_size, before[0])
     assert torch.equal(code_sum, before[1])
+
+
+def test_targets_that_are_one_tensor_are_refused():
+    _, cluster_size, code_sum, counts, sums = make_state(9, 5)
+    with pytest.raises(ValueError, match="code_sum: expected memory of its own"):
+        vqkernels.ema_update_(code_sum, cluster_size, code_sum, counts, sums, decay=0.9, eps=1e-5)

@@ -201,3 +201,30 @@ def test_outputs_that_need_no_gradient():
     assert result.loss.requires_grad
     assert not any(t.requires_grad for t in (result.indices, result.counts, result.sums))
     assert not vqkernels.nearest_code(torch.randn(6, 4, requires_grad=True), torch.randn(5, 4)).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_codebook_gradient_far_from_the_origin(backend):
+    """Rows lie a thousand times farther from zero than from their codes: differences of sums would cancel."""
+    z = 1000 + torch.randn(4096, 16)
+    codebook = (z[:32] + 0.1 * torch.randn(32, 16)).requires_grad_()
+    result = vqkernels.vector_quantize(z, codebook, commitment_weight=0.0, codebook_weight=1.0, backend=backend)
+    result.loss.backward()
+    members = torch.nn.functional.one_hot(result.indices, 32).double()
+    differences = codebook.detach().double()[result.indices] - z.double()
+    truth = members.T @ differences * (2 / z.numel())
+    # Every row adds a product of two roundings to a sum of up to n_k terms.
+    terms = members.T @ differences.abs() * (2 / z.numel())
+    bound = (members.sum(0).clamp(max=256) + 8).unsqueeze(1) * torch.finfo(torch.float32).eps * terms
+    assert torch.all((codebook.grad.double() - truth).abs() <= bound)
+
+
+def test_statistics_are_the_callers():
+    z = torch.randn(20, 3, requires_grad=True)
+    codebook = torch.randn(5, 3, requires_grad=True)
+    result = vqkernels.vector_quantize(z, codebook, codebook_weight=1.0, statistics=True)
+    expected = torch.autograd.grad(result.loss, (z, codebook), retain_graph=True)
+    result.counts.add_(1)
+    result.sums.mul_(2)
+    for actual, wanted in zip(torch.autograd.grad(result.loss, (z, codebook)), expected, strict=True):
+        assert torch.equal(actual, wanted)

@@ -136,3 +136,9 @@ def test_shapes_and_no_rows():
     quantized, indices, loss, counts, sums = reference.vector_quantize(torch.randn(0, 5), codebook, statistics=True)
     assert (quantized.shape, indices.shape, loss.item(), counts.sum().item()) == ((0, 5), (0,), 0.0, 0)
     assert torch.equal(sums, torch.zeros(6, 5))
+
+
+def test_an_index_out_of_range_counts_for_no_head():
+    counts, sums = reference.code_statistics(torch.ones(2, 3, 1), torch.tensor([[0, 5, 0], [0, 0, 0]]), 4, heads=True)
+    assert counts.tolist() == [[2, 0, 0, 0], [3, 0, 0, 0]]
+    assert sums.squeeze(-1).tolist() == [[2, 0, 0, 0], [3, 0, 0, 0]]

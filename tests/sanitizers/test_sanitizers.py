@@ -15,6 +15,7 @@ from vqkernels import _C
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("CXX_FLAGS", "CAPABILITY_FLAGS")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+PROBLEMS = 440  # of all kinds of the driver in turn
 
 
 def build_flags():
@@ -57,8 +58,8 @@ def driver(tmp_path_factory):
 
 @pytest.mark.slow
 def test_kernels_under_sanitizers(driver):
-    result = subprocess.run([driver, "40"], capture_output=True, text=True)
+    result = subprocess.run([driver, str(PROBLEMS)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[:3000]
     levels, problems = result.stdout.splitlines()
     assert levels.split()[1:] == _C.cpu_capabilities()
-    assert problems == "problems: 440"
+    assert problems == f"problems: {PROBLEMS}"

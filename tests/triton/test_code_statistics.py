@@ -93,13 +93,3 @@ def test_public_function(device):
     actual = vqkernels.code_statistics(z.to(device), indices.to(device), 4, heads=True, backend="triton")
     for a, b in zip(actual, vqkernels.code_statistics(z, indices, 4, heads=True), strict=True):
         assert same_bits(a.cpu(), b)
-
-
-@pytest.mark.parametrize(
-    ("z", "indices", "num_codes"), [((4, 3), (4,), 5), ((1, 4, 3), (1, 3), 5), ((1, 4, 3), (1, 4), 0)]
-)
-def test_direct_call_is_checked(z, indices, num_codes, device):
-    with pytest.raises(RuntimeError, match="vqkernels: "):
-        code_statistics(
-            torch.zeros(z, device=device), torch.zeros(indices, dtype=torch.int64, device=device), num_codes
-        )

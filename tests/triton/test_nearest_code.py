@@ -154,20 +154,3 @@ def test_public_function(device):
     assert indices.shape == scores.shape == (2, 3, 7)
     expected, _ = vqkernels.nearest_code(z.cpu(), codebook.cpu(), **options | {"mask": mask.cpu()})
     assert torch.equal(indices.cpu(), expected)
-
-
-@pytest.mark.parametrize(
-    ("z", "codebook", "metric", "mask"),
-    [
-        ((4, 3), (1, 5, 3), "l2", None),
-        ((1, 4, 3), (1, 5, 2), "l2", None),
-        ((2, 4, 3), (1, 5, 3), "l2", None),
-        ((1, 4, 3), (1, 0, 3), "l2", None),
-        ((1, 4, 3), (1, 5, 3), "l1", None),
-        ((1, 4, 3), (1, 5, 3), "l2", (1, 3)),
-    ],
-)
-def test_direct_call_is_checked(z, codebook, metric, mask, device):
-    mask = mask if mask is None else torch.ones(mask, dtype=torch.bool, device=device)
-    with pytest.raises(RuntimeError, match="vqkernels: "):
-        nearest_code(torch.zeros(z, device=device), torch.zeros(codebook, device=device), metric, mask)

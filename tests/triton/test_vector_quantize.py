@@ -162,14 +162,3 @@ def test_repeats_and_wild_indices(device):
     grad_z = vector_quantize_backward(z, mse, z, codebook, wild, valid_rows, "rotation")
     assert torch.equal(grad_z[0, ::2], torch.zeros_like(grad_z[0, ::2]))
     assert same_bits(grad_z[0, 1::2], grads[0][0, 1::2])
-
-
-def test_direct_call_is_checked(device):
-    z, codebook, ones = (torch.ones(s, device=device) for s in ((1, 4, 3), (1, 5, 3), ()))
-    indices, rows = torch.zeros(1, 4, dtype=torch.int64, device=device), torch.tensor(4, device=device)
-    with pytest.raises(RuntimeError, match="vqkernels: indices"):
-        vector_quantize_backward(z, ones, z, codebook, indices[:, :3], rows, "none")
-    with pytest.raises(RuntimeError, match="vqkernels: grad_quantized"):
-        vector_quantize_backward(z[:, :3], ones, z, codebook, indices, rows, "none")
-    with pytest.raises(RuntimeError, match="vqkernels: unknown gradient"):
-        vector_quantize_backward(z, ones, z, codebook, indices, rows, "magic")

@@ -1,8 +1,10 @@
 """Which implementation serves a call: the torch library of this package, its backends, and why one may be missing."""
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,21 @@ def define(schema: str, shape_rule: Callable[..., Any]) -> None:
     if mutated:
         library.impl(name, _bump_versions(overload, mutated), "ADInplaceOrView", with_keyset=True)
     if not build_info()["cuda"]:
-        library.impl(name, lambda *args: triton_function(name)(*args), "CUDA")
+        library.impl(name, _triton_instead(name), "CUDA")
+
+
+@functools.cache
+def _warn_of_triton() -> None:
+    reason = why_unavailable("native", "cuda")
+    warnings.warn(f"vqkernels: Triton kernels serve CUDA tensors, because {reason}", stacklevel=3)
+
+
+def _triton_instead(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        _warn_of_triton()
+        return triton_function(name)(*args)
+
+    return kernel
 
 
 def _bump_versions(overload: Any, mutated: list[int]) -> Callable[..., Any]:
@@ -73,7 +89,7 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
         if device_type == "cpu" or (device_type == "cuda" and build_info()["cuda"]):
             return None
         if device_type == "cuda":
-            return "the native library was built without CUDA kernels: nvcc was not found"
+            return "the native library was built without CUDA kernels (no nvcc, or VQKERNELS_CPU_ONLY)"
         return f"there are no native kernels for {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

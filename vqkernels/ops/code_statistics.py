@@ -7,7 +7,14 @@ from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor, describe
+from vqkernels.reference._checks import (
+    FLOAT_TYPES,
+    check_device,
+    check_index_range,
+    check_shape,
+    check_tensor,
+    describe,
+)
 
 
 def _shape_rule(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -17,13 +24,6 @@ def _shape_rule(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Ten
 
 
 _backend.define("code_statistics(Tensor z, Tensor indices, int num_codes) -> (Tensor counts, Tensor sums)", _shape_rule)
-
-
-def _check_range(indices: Tensor, num_codes: int) -> None:
-    """What the native kernel checks on its way."""
-    outside = (indices < -1) | (indices >= num_codes)
-    if indices.device.type == "cpu" and outside.any():
-        raise IndexError(f"indices: expected values from -1 to {num_codes - 1}, got {indices[outside][0].item()}")
 
 
 def code_statistics(
@@ -64,7 +64,7 @@ def code_statistics(
     check_shape("indices", indices, z.shape[:-1], "z", z)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
-        _check_range(indices, num_codes)
+        check_index_range(indices, num_codes)  # the native kernel checks on its way
         counts, sums = reference.code_statistics(z, indices, num_codes, heads=heads)
         return counts, sums.float()
     num_heads = z.shape[0] if heads else 1

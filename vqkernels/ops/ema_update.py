@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.reference._checks import check_device, check_numbers, check_shape, check_tensor
+from vqkernels.reference._checks import check_device, check_numbers, check_shape, check_tensor, overlaps_itself
 
 
 def _shape_rule(
@@ -40,10 +40,11 @@ def ema_update_(
 
     with n the sum of the new cluster_size (van den Oord et al., arXiv 1711.00937, appendix A.1, with Laplace
     smoothing). A code whose smoothed size is 0 stays as it is. The order of all sums is fixed: bitwise the same result
-    on CPU and CUDA, for any number of threads.
+    on CPU and CUDA, for any number of threads. A backward pass through `vector_quantize` reads the codebook: run it
+    before this update, or quantize with a clone.
 
     Args:
-        codebook: float32 [K, D] or [H, K, D], overwritten.
+        codebook: float32 [K, D] or [H, K, D], overwritten. The three tensors that are must not share memory.
         cluster_size: float32 [K] or [H, K], overwritten.
         code_sum: float32, the shape of codebook, overwritten.
         counts: int64, the shape of cluster_size.
@@ -70,8 +71,10 @@ def ema_update_(
         check_shape(name, value, shape, "codebook", codebook)
         check_device(name, value, "codebook", codebook)
     for name, value in (("codebook", codebook), ("cluster_size", cluster_size), ("code_sum", code_sum)):
-        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-            raise ValueError(f"{name}: expected memory of its own for every element, got an expanded tensor")
+        if not torch.compiler.is_compiling() and overlaps_itself(value):
+            raise ValueError(f"{name}: expected memory of its own for every element, got strides {value.stride()}")
+    if code_sum is codebook:
+        raise ValueError("code_sum: expected memory of its own, got the codebook")
     check_numbers(low=0, high=1, decay=decay)
     check_numbers(low=0, eps=eps)
     backend = _backend.resolve(backend, codebook)

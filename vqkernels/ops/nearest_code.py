@@ -53,7 +53,8 @@ def nearest_code(
     """Finds, for every row of z, the nearest code of a codebook.
 
     The result of a row depends on that row and the codebook alone, bit for bit: not on the batch, the number of
-    threads, the instruction set or, between CPU and CUDA, the device. Scores are chains of fused multiply-adds in
+    threads, the instruction set or, with native kernels on both, whether it is computed on CPU or CUDA. (Triton kernels
+    choose a code within rounding of the best.) Scores are chains of fused multiply-adds in
     ascending d, in float32 (bfloat16 and float16 are widened exactly), or in float64 where z or codebook is float64:
 
         s(z, c) = fma(z[D-1], c[D-1], ... fma(z[0], c[0], bias(c))),   bias(c) = -|c|^2 / 2 for "l2", else 0

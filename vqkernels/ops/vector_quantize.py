@@ -74,45 +74,36 @@ class _VectorQuantize(torch.autograd.Function):
         gradient: str,
         commitment_weight: float,
         codebook_weight: float,
-        statistics: bool,
         backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         quantize = _backend.implementation("vector_quantize", backend)
         quantized, indices, mse, valid_rows = quantize(z, codebook, metric, mask)
-        if statistics:
-            counts, sums = _backend.implementation("code_statistics", backend)(z, indices, codebook.shape[1])
-        else:
-            counts, sums = indices.new_empty(0), mse.new_empty(0)
-        ctx.save_for_backward(z, codebook, indices, valid_rows, counts, sums)
-        ctx.options = (gradient, commitment_weight, codebook_weight, statistics, backend)
-        ctx.mark_non_differentiable(indices, counts, sums)
-        return quantized, indices, mse * (commitment_weight + codebook_weight), counts, sums
+        ctx.save_for_backward(z, codebook, indices, valid_rows)
+        ctx.options = (gradient, commitment_weight, codebook_weight, backend)
+        ctx.mark_non_differentiable(indices)
+        return quantized, indices, mse * (commitment_weight + codebook_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_quantized, _, grad_loss, _, _ = grads
-        z, codebook, indices, valid_rows, counts, sums = ctx.saved_tensors
-        gradient, commitment_weight, codebook_weight, statistics, backend = ctx.options
+        grad_quantized, _, grad_loss = grads
+        z, codebook, indices, valid_rows = ctx.saved_tensors
+        gradient, commitment_weight, codebook_weight, backend = ctx.options
+        row_gradient = _backend.implementation("vector_quantize_backward", backend)
         grad_z = grad_codebook = None
         if ctx.needs_input_grad[0]:
-            backward = _backend.implementation("vector_quantize_backward", backend)
             grad_mse = grad_loss * commitment_weight
-            grad_z = backward(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient)
+            grad_z = row_gradient(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient)
         if ctx.needs_input_grad[1]:
-            sum_rows = _backend.implementation("code_statistics", backend)
-            num_codes = codebook.shape[1]
-            if not statistics:
-                counts, sums = sum_rows(z, indices, num_codes)
-            # d mse / d codebook is 2 / (rows D) (n_k c_k - sums_k): the statistics are all it takes.
-            scale = grad_loss * (2 * codebook_weight) / (valid_rows * z.shape[-1]).clamp(min=1)
-            pull = counts.unsqueeze(-1) * codebook.to(sums.dtype) - sums
-            # Codes without members may hold NaN or Inf.
-            grad_codebook = scale * torch.where(counts.unsqueeze(-1) > 0, pull, 0)
+            # A code gets what its members push it away from them, row by row: n_k c_k - sums_k would cancel.
+            wide = _wide(z)
+            grad_mse = grad_loss * codebook_weight
+            rows = row_gradient(None, grad_mse, z.to(wide), codebook, indices, valid_rows, "none").neg()
             if gradient == "none":
-                grad_codebook = grad_codebook + sum_rows(grad_quantized.contiguous(), indices, num_codes)[1]
-            grad_codebook = grad_codebook.to(codebook.dtype)
-        return grad_z, grad_codebook, None, None, None, None, None, None, None
+                rows = rows + grad_quantized.to(wide)
+            sum_rows = _backend.implementation("code_statistics", backend)
+            grad_codebook = sum_rows(rows, indices, codebook.shape[1])[1].to(codebook.dtype)
+        return grad_z, grad_codebook, None, None, None, None, None, None
 
 
 def vector_quantize(
@@ -178,9 +169,9 @@ def vector_quantize(
                 statistics=statistics,
             )
         )
-    # Gradients of a narrower tensor that meets a float64 one are rounded once, at the end; its sums are its own.
+    # Gradients of a narrower tensor that meets a float64 one are rounded once, at the end.
     mixed = z.dtype != codebook.dtype and torch.float64 in (z.dtype, codebook.dtype)
-    quantized, indices, loss, counts, sums = _VectorQuantize.apply(
+    quantized, indices, loss = _VectorQuantize.apply(
         arguments.z.double() if mixed else arguments.z,
         arguments.codebook.double() if mixed else arguments.codebook,
         arguments.mask,
@@ -188,15 +179,14 @@ def vector_quantize(
         gradient,
         float(commitment_weight),
         float(codebook_weight),
-        statistics and not mixed,
         backend,
     )
-    if statistics and mixed:
+    counts = sums = None
+    if statistics:
         sum_rows = _backend.implementation("code_statistics", backend)
         counts, sums = sum_rows(arguments.z.detach(), indices, arguments.codebook.shape[1])
+        sums = sums.float()
+        if codebook.ndim == 2:
+            counts, sums = counts[0], sums[0]
     quantized, indices = quantized.to(z.dtype).reshape(z.shape), indices.reshape(arguments.row_shape)
-    if not statistics:
-        return VectorQuantizeResult(quantized, indices, loss, None, None)
-    if codebook.ndim == 2:
-        counts, sums = counts[0], sums[0]
-    return VectorQuantizeResult(quantized, indices, loss, counts, sums.float())
+    return VectorQuantizeResult(quantized, indices, loss, counts, sums)

@@ -70,6 +70,16 @@ def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None
         raise ValueError(f"{name}: expected device {like.device} to match {like_name}, got {value.device}")
 
 
+def overlaps_itself(value: Tensor) -> bool:
+    """Whether two elements may share memory, judged by the strides."""
+    reach = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
     """Checks that x has one of the layouts, as written for the reader, and `dim` channels."""
     if x.ndim not in [layout.count(",") + 1 for layout in layouts] or x.shape[channels] != dim:
@@ -78,6 +88,15 @@ def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
 
 def check_indices(indices: object) -> None:
     check_tensor("indices", indices, INTEGER_TYPES)
+
+
+def check_index_range(indices: Tensor, num_codes: int) -> None:
+    """Checks for values from -1 to num_codes - 1, where that needs no waiting for a device."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (indices < -1) | (indices >= num_codes)
+    if outside.any():
+        raise IndexError(f"indices: expected values from -1 to {num_codes - 1}, got {indices[outside][0].item()}")
 
 
 def sequence_mask(x: Tensor, shape: torch.Size, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:

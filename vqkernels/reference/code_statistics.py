@@ -9,7 +9,7 @@ def code_statistics(z: Tensor, indices: Tensor, num_codes: int, *, heads: bool =
     num_heads = z.shape[0] if heads else 1
     dim = z.shape[-1]
     # One more code takes in the rows that have none.
-    codes = torch.where(indices < 0, num_codes, indices).reshape(num_heads, -1)
+    codes = torch.where((indices < 0) | (indices >= num_codes), num_codes, indices).reshape(num_heads, -1)
     codes = (codes + (num_codes + 1) * torch.arange(num_heads, device=z.device).unsqueeze(-1)).flatten()
     counts = torch.zeros(num_heads * (num_codes + 1), dtype=torch.int64, device=z.device)
     counts.index_add_(0, codes, torch.ones_like(codes))

@@ -220,7 +220,7 @@ class Codebook(nn.Module):
             self._move(counts, sums, self.decay)
         else:
             self.cluster_size.lerp_(counts.to(torch.float32), 1 - self.decay)
-            self.embed_avg.lerp_(sums, 1 - self.decay)
+            self.embed_avg.lerp_(sums.to(torch.float32), 1 - self.decay)
         self._replace_dead_codes(rows, indices >= 0)
 
     def _move(self, counts: Tensor, sums: Tensor, decay: float) -> None:

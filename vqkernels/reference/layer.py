@@ -215,7 +215,7 @@ class VectorQuantize(nn.Module):
                 float32, float64, bfloat16 or float16.
             indices: not supported yet.
             mask: bool [B, N]; positions where it is False take no part and get index -1.
-            lens: int64 or int32 [B], as a mask of the first positions of each sequence.
+            lens: int64 or int32 [B], as a mask of the first positions of each sequence; more than N counts as N.
             topk: not supported yet.
             sample_codebook_temp: not supported yet.
             freeze_codebook: overrides the layer's option for this call.
@@ -260,7 +260,8 @@ class VectorQuantize(nn.Module):
             rows = rows.detach()
         elif rows.requires_grad and self.route_gradients_to_input:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-        with torch.autocast(x.device.type, enabled=False):
+        device_type = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        with torch.autocast(device_type, enabled=False):
             quantized, codes, commitment, counts = self._codebook(
                 rows,
                 mask=None if mask is None else self._mask_rows(mask),
@@ -337,6 +338,7 @@ class VectorQuantize(nn.Module):
         mask = _checks.sequence_mask(x, tokens.shape[:2], mask, None)
         _checks.check_indices(indices)
         _checks.check_shape("indices", indices, self._indices_shape(x), "x", x)
+        _checks.check_index_range(indices, self.codebook_size)
         index_rows = self._rows(indices.reshape(*tokens.shape[:2], self.heads)).squeeze(-1)
         mask_rows = None if mask is None else self._mask_rows(mask)
         self._codebook.update_indices(self._rows(self.project_in(tokens)), index_rows.to(torch.int64), mask_rows)
@@ -384,10 +386,11 @@ class VectorQuantize(nn.Module):
         codebooks, codes, _ = self._codebook.embed.shape
         if self.heads == 1:
             indices = indices.unsqueeze(-1)
-        # An index out of range must not end in the codebook of the next head.
-        rows = indices.clamp(min=0) + codes * torch.arange(codebooks, device=indices.device)
-        rows = torch.where(indices < codes, rows, codebooks * codes)
+        _checks.check_index_range(indices, codes)
+        rows = indices.clamp(0, codes - 1) + codes * torch.arange(codebooks, device=indices.device)
         vectors = F.embedding(rows, self._codebook.embed.flatten(0, 1))
+        # Where the range could not be checked, NaN shows what is out of it.
+        vectors = vectors.masked_fill((indices >= codes).unsqueeze(-1), torch.nan)
         return vectors.masked_fill((indices < 0).unsqueeze(-1), 0).flatten(-2)
 
     def _channels_to_place(self, vectors: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqkernels.reference._checks import FLOAT_TYPES
+from vqkernels.triton._checks import check_base, check_like
 from vqkernels.triton.arithmetic import tile
 
 _RUN_LENGTH = 256
@@ -78,9 +80,9 @@ def code_statistics(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
 
     Rows whose index is not a code belong to none.
     """
-    torch._check(z.ndim == 3, lambda: "vqkernels: expected z [H, N, D]")
+    check_base("z", z, FLOAT_TYPES, "[H, N, D]")
     torch._check(num_codes > 0, lambda: "vqkernels: expected num_codes of at least 1")
-    torch._check(indices.shape == z.shape[:2], lambda: "vqkernels: indices has an unexpected shape")
+    check_like("indices", indices, (torch.int64,), z.shape[:2], "z", z)
     heads, rows, dim = z.shape
     z = z.contiguous()
     total_codes = heads * num_codes

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqkernels.triton._checks import check_base, check_like
 from vqkernels.triton.arithmetic import column_sum, divide, tile
 
 _BLOCK = 512
@@ -67,17 +68,15 @@ def ema_update_(
     eps: float,
 ) -> None:
     """Updates codebook [H, K, D], cluster_size [H, K] and code_sum [H, K, D] with counts [H, K] and sums [H, K, D]."""
-    torch._check(codebook.ndim == 3, lambda: "vqkernels: expected codebook [H, K, D]")
+    check_base("codebook", codebook, (torch.float32,), "[H, K, D]")
     heads, codes, dim = codebook.shape
     for name, value, shape, dtype in (
-        ("codebook", codebook, (heads, codes, dim), torch.float32),
         ("cluster_size", cluster_size, (heads, codes), torch.float32),
         ("code_sum", code_sum, (heads, codes, dim), torch.float32),
         ("counts", counts, (heads, codes), torch.int64),
         ("sums", sums, (heads, codes, dim), torch.float32),
     ):
-        torch._check(value.shape == shape, lambda name=name: f"vqkernels: {name} has an unexpected shape")
-        torch._check(value.dtype == dtype, lambda name=name: f"vqkernels: {name} has an unexpected dtype")
+        check_like(name, value, (dtype,), shape, "codebook", codebook)
 
     # Views that are not contiguous are updated in a copy and written back.
     state = (codebook, cluster_size, code_sum)

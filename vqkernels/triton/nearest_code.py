@@ -25,6 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqkernels.reference._checks import FLOAT_TYPES
+from vqkernels.triton._checks import check_base, check_like
+
 _BLOCK_ROWS = 64
 _BLOCK_CODES = 32
 _BLOCK_DIM = 16  # the least that tl.dot takes everywhere
@@ -43,14 +46,12 @@ class SearchInputs(NamedTuple):
 
 def search_inputs(z: Tensor, codebook: Tensor, mask: Tensor | None) -> SearchInputs:
     """Checks what memory safety needs of a direct torch.ops call."""
-    torch._check(z.ndim == 3 and codebook.ndim == 3, lambda: "vqkernels: expected z [H, N, D] and codebook [H, K, D]")
+    check_base("z", z, FLOAT_TYPES, "[H, N, D]")
     heads, rows, dim = z.shape
-    torch._check(0 not in codebook.shape[1:], lambda: "vqkernels: expected a codebook that is not empty")
-    torch._check(
-        codebook.shape[0] == heads and codebook.shape[2] == dim, lambda: "vqkernels: codebook has an unexpected shape"
-    )
+    check_like("codebook", codebook, FLOAT_TYPES, (heads, *codebook.shape[1:2], dim), "z", z)
+    torch._check(codebook.shape[1] > 0, lambda: "vqkernels: expected a codebook that is not empty")
     if mask is not None:
-        torch._check(mask.shape == (heads, rows), lambda: "vqkernels: mask has an unexpected shape")
+        check_like("mask", mask, (torch.bool,), (heads, rows), "z", z)
         mask = mask.contiguous()
     wide = torch.float64 in (z.dtype, codebook.dtype)
     if wide:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqkernels.reference._checks import FLOAT_TYPES
+from vqkernels.triton._checks import check_like
 from vqkernels.triton.arithmetic import column_sum, divide, narrow, pairwise_sum, square_root
 from vqkernels.triton.nearest_code import search, search_inputs
 
@@ -28,8 +30,9 @@ def _quantize_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = row < heads * rows
     index = tl.load(indices + row, mask=row_inside, other=-1)
-    has_code = (index >= 0)[:, None]
-    code = row // rows * codes + tl.maximum(index, 0)
+    is_code = (index >= 0) & (index < codes)
+    has_code = is_code[:, None]
+    code = row // rows * codes + tl.where(is_code, index, 0)
     fill = tl.full((BLOCK_ROWS,), float("nan"), errors.dtype.element_ty)
     if mask is not None:
         fill = tl.where(tl.load(mask + row, mask=row_inside, other=0) != 0, fill, 0.0)
@@ -64,8 +67,9 @@ def _quantize_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = row < heads * rows
     index = tl.load(indices + row, mask=row_inside, other=-1)
-    has_code = ((index >= 0) & (index < codes))[:, None]
-    code_row = codebook + ((row // rows * codes + tl.where(index < codes, tl.maximum(index, 0), 0)) * dim)[:, None]
+    is_code = (index >= 0) & (index < codes)
+    has_code = is_code[:, None]
+    code_row = codebook + ((row // rows * codes + tl.where(is_code, index, 0)) * dim)[:, None]
     z_row = z + (row * dim)[:, None]
     factor = tl.load(coefficient)
     lane = tl.arange(0, 16)[None, :]
@@ -165,13 +169,15 @@ def vector_quantize_backward(
     torch._check(
         gradient in ("straight_through", "rotation", "none"), lambda: f"vqkernels: unknown gradient {gradient}"
     )
-    torch._check(indices.shape == (heads, rows), lambda: "vqkernels: indices has an unexpected shape")
+    check_like("indices", indices, (torch.int64,), (heads, rows), "z", z)
+    check_like("valid_rows", valid_rows, (torch.int64,), (), "z", z)
     if grad_quantized is not None:
-        torch._check(grad_quantized.shape == z.shape, lambda: "vqkernels: grad_quantized has an unexpected shape")
+        check_like("grad_quantized", grad_quantized, FLOAT_TYPES, z.shape, "z", z)
         grad_quantized = None if gradient == "none" else grad_quantized.to(inputs.z.dtype).contiguous()
     if grad_mse is None:
         coefficient = z.new_zeros((), dtype=inputs.dtype)
     else:
+        check_like("grad_mse", grad_mse, (inputs.dtype,), (), "z", z)
         coefficient = (grad_mse.double() * 2 / (valid_rows * dim).clamp(min=1)).to(inputs.dtype)
     grad_z = torch.empty_like(inputs.z)
     with torch.cuda.device_of(z):
