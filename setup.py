@@ -181,4 +181,9 @@ class NinjaBuild(build_ext):
         subprocess.run(command, check=True)
 
 
-setup(ext_modules=[Extension("vqkernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("vqkernels._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    # With setuptools' default, a folder that holds the source tree under its own name would hide an editable install.
+    options={"editable_wheel": {"mode": "compat"}},
+)

@@ -4,6 +4,9 @@ The functional API is here, layers are in `vqkernels.nn`, models in `vqkernels.m
 holds the same operations and layers in plain PyTorch.
 """
 
+import importlib
+from types import ModuleType
+
 from vqkernels._version import __version__
 from vqkernels.ops import (
     VectorQuantizeResult,
@@ -23,3 +26,9 @@ __all__ = [
     "nearest_code",
     "vector_quantize",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("models", "nn"):
+        return importlib.import_module(f"vqkernels.{name}")
+    raise AttributeError(f"module 'vqkernels' has no attribute {name!r}")

@@ -174,7 +174,7 @@ def test_colours_are_those_of_the_patches():
         (["demo", "--images", "59"], "--images: expected an integer from 60 to 1797, got '59'"),
         (["demo", "--codes", "1"], "--codes: expected an integer of at least 2, got '1'"),
         (["demo", "--seed", "-1"], "--seed: expected"),
-        (["demo", "--threads", "0"], "--threads: expected"),
+        (["demo", "--threads", "-1"], "--threads: expected"),
         (["demo", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (["demo", "--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
         (["demo", "--device", "cuda:99"], "--device: torch finds"),

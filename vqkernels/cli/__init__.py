@@ -38,20 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=demo.run)
-    command.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: cuda where there is one")
     command.add_argument("--steps", type=_integer(1), default=400, help="training steps of each model")
     command.add_argument("--batch-size", type=_integer(1), default=256, help="images in a step")
     command.add_argument(
         "--images",
         type=_integer(demo.FEWEST_IMAGES, demo.MOST_IMAGES),
         default=demo.MOST_IMAGES,
-        help="images to use, a sixth of them held out",
+        help=f"images to use, at least {demo.FEWEST_IMAGES}, a sixth of them held out",
     )
     command.add_argument("--codes", type=_integer(2), default=512, help="codes in the codebook")
     command.add_argument("--seed", type=_integer(0, 2**31 - 1), default=0, help="of weights, batches and revived codes")
-    command.add_argument(
-        "--threads", type=_integer(1, 1024), default=None, help="CPU threads (default: torch's choice)"
-    )
+    command.add_argument("--threads", type=_integer(0, 1024), default=0, help="CPU threads; 0: torch's choice")
     command.add_argument("--out", default="demo", help="folder for demo.png and metrics.json")
     return parser
 

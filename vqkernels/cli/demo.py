@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = choose_device(arguments.device)
     folder = writable_folder(arguments.out)
-    if arguments.threads is not None:
+    if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.deterministic = True
 
@@ -69,11 +69,11 @@ def require(*packages: str) -> None:
             raise SystemExit(f'the demo needs {package} ({error}): pip install "vqkernels[demo]"') from None
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without one, the GPU where torch finds one, else the CPU."""
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the GPU where torch finds one, else the CPU."""
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(name or ("cuda" if cuda else "cpu"))
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):

@@ -134,8 +134,8 @@ def vector_quantize(
         gradient: how the gradient of `quantized` passes the choice. "straight_through" hands it to z unchanged,
             "rotation" rotates and scales it from the code to the row (arXiv 2410.06424), "none" gives it to the
             codebook, whose rows `quantized` consists of, and nothing to z.
-        commitment_weight: weight of the loss that moves z.
-        codebook_weight: weight of the loss that moves the codebook.
+        commitment_weight: weight of the loss that moves z, at least 0.
+        codebook_weight: weight of the loss that moves the codebook, at least 0.
         statistics: also return counts and sums as `code_statistics` does.
         backend: None (what suits the device), "native", "triton" or "reference".
 
@@ -149,12 +149,12 @@ def vector_quantize(
 
     Raises:
         TypeError: an argument has an unexpected type or dtype.
-        ValueError: shapes, devices, metric, gradient or backend do not fit.
+        ValueError: shapes, devices, metric, gradient, weights or backend do not fit.
         RuntimeError: the backend asked for cannot serve the call.
     """
     arguments = search_arguments(z, codebook, metric, mask)
     check_choice("gradient", gradient, GRADIENTS)
-    check_numbers(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
+    check_numbers(low=0, commitment_weight=commitment_weight, codebook_weight=codebook_weight)
     backend = _backend.resolve(backend, z)
     if backend == "reference":
         return VectorQuantizeResult(

@@ -52,7 +52,7 @@ def check_at_most_one(**options: bool) -> None:
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
 
@@ -116,5 +116,7 @@ def sequence_mask(x: Tensor, shape: torch.Size, mask: Tensor | None, lens: Tenso
 
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+        layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"{layout}{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 40 else type(value).__name__

@@ -215,7 +215,8 @@ class VectorQuantize(nn.Module):
                 float32, float64, bfloat16 or float16.
             indices: not supported yet.
             mask: bool [B, N]; positions where it is False take no part and get index -1.
-            lens: int64 or int32 [B], as a mask of the first positions of each sequence; more than N counts as N.
+            lens: int64 or int32 [B], as a mask of the first positions of each sequence; less than 0 counts as 0,
+                more than N as N.
             topk: not supported yet.
             sample_codebook_temp: not supported yet.
             freeze_codebook: overrides the layer's option for this call.
