@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "../float16.h"
 #include "code_statistics.h"
-#include "float16.h"
 
 namespace vqkernels::cpu {
 namespace {

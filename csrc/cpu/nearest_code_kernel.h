@@ -12,33 +12,18 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <type_traits>
 
-#include "float16.h"
+#include "../float16.h"
+#include "buffer.h"
 #include "nearest_code.h"
+#include "with_types.h"
 
 namespace vqkernels::cpu {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kChunkBytes = 256 * 1024;  // codes that a block of rows sweeps while they stay in L2
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 template <class Simd>
 struct Search {
@@ -411,44 +396,19 @@ struct Search {
   }
 };
 
-// Calls run(Search<...>, a value of z's type, a value of the codebook's type).
-template <template <class> class Simd, class Run>
-void with_types(const NearestCodeProblem& p, const Run& run) {
-  const auto with_codebook = [&](auto z) {
-    switch (p.codebook_type) {
-      case DType::bfloat16:
-        return run(Search<Simd<float>>{}, z, BFloat16{});
-      case DType::float16:
-        return run(Search<Simd<float>>{}, z, Half{});
-      default:
-        return run(Search<Simd<float>>{}, z, float{});
-    }
-  };
-  switch (p.z_type) {
-    case DType::float64:
-      return run(Search<Simd<double>>{}, double{}, double{});
-    case DType::bfloat16:
-      return with_codebook(BFloat16{});
-    case DType::float16:
-      return with_codebook(Half{});
-    default:
-      return with_codebook(float{});
-  }
-}
-
 template <template <class> class Simd>
 void search_block(const NearestCodeProblem& p, const PreparedCodes* prepared, const SearchBlock& b, void* scores,
                   int64_t* indices) {
-  with_types<Simd>(p, [&](auto search, auto z, auto c) {
-    search.template run<decltype(z), decltype(c)>(p, prepared, b, scores, indices);
+  with_types(p.z_type, p.codebook_type, [&](auto t, auto z, auto c) {
+    Search<Simd<decltype(t)>>::template run<decltype(z), decltype(c)>(p, prepared, b, scores, indices);
   });
 }
 
 template <template <class> class Simd>
 void prepare_block(const NearestCodeProblem& p, int64_t head, int64_t code_begin, int64_t code_end, void* codes,
                    void* bias) {
-  with_types<Simd>(p, [&](auto search, auto, auto c) {
-    search.template prepare<decltype(c)>(p, head, code_begin, code_end, codes, bias);
+  with_types(p.z_type, p.codebook_type, [&](auto t, auto, auto c) {
+    Search<Simd<decltype(t)>>::template prepare<decltype(c)>(p, head, code_begin, code_end, codes, bias);
   });
 }
 

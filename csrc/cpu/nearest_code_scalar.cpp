@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "float16.h"
+#include "../float16.h"
 #include "nearest_code.h"
 
 namespace vqkernels::cpu {

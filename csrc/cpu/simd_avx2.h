@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "float16.h"
+#include "../float16.h"
 
 namespace vqkernels::cpu {
 namespace {
@@ -42,14 +42,11 @@ struct Avx2<float> {
   }
   static void store(float* p, Vector x) { _mm256_storeu_ps(p, x); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-  static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
   // b where either is NaN
   static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
   static Mask greater(Vector a, Vector b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
-  static Mask less_equal(Vector a, Vector b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
   static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
-  static Vector select(Mask m, Vector yes, Vector no) { return _mm256_blendv_ps(no, yes, m); }
   static IndexVector index(Index x) { return _mm256_set1_epi32(x); }
   static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) {
     return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m));
@@ -98,13 +95,10 @@ struct Avx2<double> {
   }
   static void store(double* p, Vector x) { _mm256_storeu_pd(p, x); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_pd(a, b, c); }
-  static Vector mul(Vector a, Vector b) { return _mm256_mul_pd(a, b); }
   static Vector max(Vector a, Vector b) { return _mm256_max_pd(a, b); }
   static Mask greater(Vector a, Vector b) { return _mm256_cmp_pd(a, b, _CMP_GT_OQ); }
-  static Mask less_equal(Vector a, Vector b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
   static bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }
   static Mask either(Mask a, Mask b) { return _mm256_or_pd(a, b); }
-  static Vector select(Mask m, Vector yes, Vector no) { return _mm256_blendv_pd(no, yes, m); }
   static IndexVector index(Index x) { return _mm256_set1_epi64x(x); }
   static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) {
     return _mm256_blendv_epi8(no, yes, _mm256_castpd_si256(m));

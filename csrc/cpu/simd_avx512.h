@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "float16.h"
+#include "../float16.h"
 
 namespace vqkernels::cpu {
 namespace {
@@ -40,14 +40,11 @@ struct Avx512<float> {
   static Vector load(const Half* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p)); }
   static void store(float* p, Vector x) { _mm512_storeu_ps(p, x); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-  static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
   // b where either is NaN
   static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
   static Mask greater(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-  static Mask less_equal(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static bool any(Mask m) { return m != 0; }
   static Mask either(Mask a, Mask b) { return a | b; }
-  static Vector select(Mask m, Vector yes, Vector no) { return _mm512_mask_mov_ps(no, m, yes); }
   static IndexVector index(Index x) { return _mm512_set1_epi32(x); }
   static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) { return _mm512_mask_mov_epi32(no, m, yes); }
   static void index_store(Index* p, IndexVector x) { _mm512_storeu_si512(p, x); }
@@ -95,13 +92,10 @@ struct Avx512<double> {
   static Vector load(const double* p, int64_t n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
   static void store(double* p, Vector x) { _mm512_storeu_pd(p, x); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
-  static Vector mul(Vector a, Vector b) { return _mm512_mul_pd(a, b); }
   static Vector max(Vector a, Vector b) { return _mm512_max_pd(a, b); }
   static Mask greater(Vector a, Vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
-  static Mask less_equal(Vector a, Vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
   static bool any(Mask m) { return m != 0; }
   static Mask either(Mask a, Mask b) { return a | b; }
-  static Vector select(Mask m, Vector yes, Vector no) { return _mm512_mask_mov_pd(no, m, yes); }
   static IndexVector index(Index x) { return _mm512_set1_epi64(x); }
   static IndexVector index_select(Mask m, IndexVector yes, IndexVector no) { return _mm512_mask_mov_epi64(no, m, yes); }
   static void index_store(Index* p, IndexVector x) { _mm512_storeu_si512(p, x); }

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "../float16.h"
 #include "fixed_order.h"
-#include "float16.h"
 #include "vector_quantize.h"
+#include "with_types.h"
 
 namespace vqkernels::cpu {
 namespace {
@@ -85,33 +86,8 @@ inline void quantize_rows_backward(const QuantizeRows& p, const Z* grad_quantize
   }
 }
 
-// Calls run(accumulation type, type of z, type of the codebook) with values of those types.
-template <class Run>
-inline void with_types(const QuantizeRows& p, const Run& run) {
-  const auto with_codebook = [&](auto z) {
-    switch (p.codebook_type) {
-      case DType::bfloat16:
-        return run(float{}, z, BFloat16{});
-      case DType::float16:
-        return run(float{}, z, Half{});
-      default:
-        return run(float{}, z, float{});
-    }
-  };
-  switch (p.z_type) {
-    case DType::float64:
-      return run(double{}, double{}, double{});
-    case DType::bfloat16:
-      return with_codebook(BFloat16{});
-    case DType::float16:
-      return with_codebook(Half{});
-    default:
-      return with_codebook(float{});
-  }
-}
-
 inline void quantize_rows_any(const QuantizeRows& p, void* quantized, void* errors) {
-  with_types(p, [&](auto t, auto z, auto c) {
+  with_types(p.z_type, p.codebook_type, [&](auto t, auto z, auto c) {
     using T = decltype(t);
     using Z = decltype(z);
     quantize_rows<T, Z, decltype(c)>(p, static_cast<Z*>(quantized), static_cast<T*>(errors));
@@ -120,7 +96,7 @@ inline void quantize_rows_any(const QuantizeRows& p, void* quantized, void* erro
 
 inline void quantize_rows_backward_any(const QuantizeRows& p, const void* grad_quantized, Estimator estimator,
                                        double coefficient, void* grad_z) {
-  with_types(p, [&](auto t, auto z, auto c) {
+  with_types(p.z_type, p.codebook_type, [&](auto t, auto z, auto c) {
     using T = decltype(t);
     using Z = decltype(z);
     quantize_rows_backward<T, Z, decltype(c)>(p, static_cast<const Z*>(grad_quantized), estimator,

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "float16.h"
+#include "../float16.h"
 #include "launch.h"
 
 namespace vqkernels::cuda {

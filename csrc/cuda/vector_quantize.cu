@@ -1,8 +1,8 @@
 // Half a warp works on a row: its threads are the lanes of row_dot.
 #include "vector_quantize.h"
 
+#include "../float16.h"
 #include "fixed_order.h"
-#include "float16.h"
 #include "launch.h"
 
 namespace vqkernels::cuda {

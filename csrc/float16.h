@@ -1,10 +1,16 @@
-// bfloat16 and IEEE half as bit patterns: exact widening, round-to-nearest-even narrowing.
+// bfloat16 and IEEE half as bit patterns: exact widening, round-to-nearest-even narrowing, on host and device alike.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace vqkernels::cpu {
+#ifdef __CUDACC__
+#define VQKERNELS_INLINE static __host__ __device__ inline
+#else
+#define VQKERNELS_INLINE static inline
+#endif
+
+namespace vqkernels {
 
 struct BFloat16 {
   uint16_t bits;
@@ -14,23 +20,23 @@ struct Half {
   uint16_t bits;
 };
 
-static inline float float_from_bits(uint32_t bits) {
+VQKERNELS_INLINE float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-static inline uint32_t bits_from_float(float value) {
+VQKERNELS_INLINE uint32_t bits_from_float(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline float widen(BFloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
+VQKERNELS_INLINE float widen(float x) { return x; }
+VQKERNELS_INLINE double widen(double x) { return x; }
+VQKERNELS_INLINE float widen(BFloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
 
-static inline float widen(Half x) {
+VQKERNELS_INLINE float widen(Half x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // Inf and NaN keep their payload
@@ -42,16 +48,16 @@ static inline float widen(Half x) {
   return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-static inline void narrow(float x, float* out) { *out = x; }
-static inline void narrow(double x, double* out) { *out = x; }
+VQKERNELS_INLINE void narrow(float x, float* out) { *out = x; }
+VQKERNELS_INLINE void narrow(double x, double* out) { *out = x; }
 
-static inline void narrow(float x, BFloat16* out) {
+VQKERNELS_INLINE void narrow(float x, BFloat16* out) {
   const uint32_t bits = bits_from_float(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
-static inline void narrow(float x, Half* out) {
+VQKERNELS_INLINE void narrow(float x, Half* out) {
   const uint32_t bits = bits_from_float(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -69,4 +75,4 @@ static inline void narrow(float x, Half* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-}  // namespace vqkernels::cpu
+}  // namespace vqkernels
