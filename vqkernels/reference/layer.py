@@ -261,7 +261,7 @@ class VectorQuantize(nn.Module):
             rows = rows.detach()
         elif rows.requires_grad and self.route_gradients_to_input:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-        device_type = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        device_type = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(device_type, enabled=False):
             quantized, codes, commitment, counts = self._codebook(
                 rows,
