@@ -176,17 +176,21 @@ inline SearchInputs search_inputs(const Tensor& z, const Tensor& codebook, const
 
 #ifdef VQKERNELS_CUDA
 // z and codebook: those of the inputs, widened.
+inline cuda::NearestCodeProblem cuda_search_problem(const SearchInputs& in, const Tensor& z, const Tensor& codebook) {
+  return {z.const_data_ptr(),
+          codebook.const_data_ptr(),
+          in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr,
+          dtype_of(z, "z"),
+          in.metric,
+          in.heads,
+          in.rows,
+          in.codes,
+          in.dim};
+}
+
 inline void search_on_cuda(const SearchInputs& in, const Tensor& z, const Tensor& codebook, const CudaDevice& device,
                            Tensor& scores, Tensor& indices) {
-  const cuda::NearestCodeProblem problem{z.const_data_ptr(),
-                                         codebook.const_data_ptr(),
-                                         in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr,
-                                         dtype_of(z, "z"),
-                                         in.metric,
-                                         in.heads,
-                                         in.rows,
-                                         in.codes,
-                                         in.dim};
+  const cuda::NearestCodeProblem problem = cuda_search_problem(in, z, codebook);
   Tensor workspace = work_memory(z, cuda::nearest_code_workspace(problem));
   cuda::nearest_code(problem, workspace.mutable_data_ptr(), scores.mutable_data_ptr(),
                      indices.mutable_data_ptr<int64_t>(), device.stream);

@@ -39,8 +39,14 @@ std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& z, const Tensor& i
   const Tensor dense_z = torch::stable::contiguous(z), dense_indices = torch::stable::contiguous(indices);
   Tensor counts = empty(z, {heads, num_codes}, ScalarType::Long);
   Tensor sums = empty(z, {heads, num_codes, dim}, accumulation_type(z));
-  const cuda::CodeStatisticsProblem problem{
-      dense_z.const_data_ptr(), dense_indices.const_data_ptr<int64_t>(), dtype_of(z, "z"), heads, rows, num_codes, dim};
+  const cuda::CodeStatisticsProblem problem{dense_z.const_data_ptr(),
+                                            dense_indices.const_data_ptr<int64_t>(),
+                                            dtype_of(z, "z"),
+                                            heads,
+                                            rows,
+                                            num_codes,
+                                            dim,
+                                            num_codes};
   Tensor workspace = work_memory(z, cuda::code_statistics_workspace(problem));
   cuda::code_statistics(problem, workspace.mutable_data_ptr(), counts.mutable_data_ptr<int64_t>(),
                         sums.mutable_data_ptr(), device.stream);

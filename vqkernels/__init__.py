@@ -5,30 +5,43 @@ holds the same operations and layers in plain PyTorch.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from vqkernels._version import __version__
 from vqkernels.ops import (
+    ResidualQuantizeResult,
     VectorQuantizeResult,
     build_info,
     code_statistics,
     ema_update_,
     nearest_code,
+    residual_quantize,
+    topk_codes,
     vector_quantize,
 )
 
 __all__ = [
+    "ResidualQuantizeResult",
     "VectorQuantizeResult",
     "__version__",
     "build_info",
     "code_statistics",
     "ema_update_",
     "nearest_code",
+    "residual_quantize",
+    "topk_codes",
     "vector_quantize",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in ("models", "nn"):
+if TYPE_CHECKING:
+    from vqkernels.fuse import fuse as fuse
+    from vqkernels.fuse import unfuse as unfuse
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("fuse", "models", "nn"):  # the package fuse can be called as the function
         return importlib.import_module(f"vqkernels.{name}")
+    if name == "unfuse":
+        return importlib.import_module("vqkernels.fuse").unfuse
     raise AttributeError(f"module 'vqkernels' has no attribute {name!r}")

@@ -7,6 +7,7 @@
 
 #include "../float16.h"
 #include "fixed_order.h"
+#include "row_gradient.h"
 #include "vector_quantize.h"
 #include "with_types.h"
 
@@ -36,53 +37,18 @@ inline void quantize_rows(const QuantizeRows& p, Z* quantized, T* errors) {
 }
 
 template <class T, class Z, class C>
-inline void rotate_gradient(const Z* e, const C* c, const Z* g, int64_t dim, T coefficient, Z* out) {
-  constexpr T kEps = T(1e-6);
-  const auto ed = [&](int64_t d) { return static_cast<T>(widen(e[d])); };
-  const auto cd = [&](int64_t d) { return static_cast<T>(widen(c[d])); };
-  const auto gd = [&](int64_t d) { return static_cast<T>(widen(g[d])); };
-  const T norm_c = std::sqrt(row_dot<T>(dim, cd, cd));
-  const T divisor_e = std::max(std::sqrt(row_dot<T>(dim, ed, ed)), kEps);
-  const T divisor_c = std::max(norm_c, kEps);
-  const auto u = [&](int64_t d) { return ed(d) / divisor_e; };
-  const auto q = [&](int64_t d) { return cd(d) / divisor_c; };
-  const auto w = [&](int64_t d) { return u(d) + q(d); };
-  const T divisor_w = std::max(std::sqrt(row_dot<T>(dim, w, w)), kEps);
-  const T gw = row_dot<T>(dim, gd, w) / divisor_w;
-  const T gq = row_dot<T>(dim, gd, q);
-  const T scale = norm_c / divisor_e;
-  for (int64_t d = 0; d < dim; ++d) {
-    const T rotated = gd(d) - 2 * gw * (w(d) / divisor_w) + 2 * gq * u(d);
-    narrow(scale * rotated + coefficient * (ed(d) - cd(d)), out + d);
-  }
-}
-
-template <class T, class Z, class C>
 inline void quantize_rows_backward(const QuantizeRows& p, const Z* grad_quantized, Estimator estimator, T coefficient,
                                    Z* grad_z) {
   const Z* z = static_cast<const Z*>(p.z);
   const C* codebook = static_cast<const C*>(p.codebook);
   for (int64_t row = 0; row < p.rows; ++row) {
-    Z* __restrict out = grad_z + row * p.dim;
+    Z* out = grad_z + row * p.dim;
     if (p.indices[row] < 0) {
       std::fill_n(out, p.dim, Z{});
       continue;
     }
-    const Z* __restrict e = z + row * p.dim;
-    const C* __restrict c = codebook + p.indices[row] * p.dim;
-    const Z* __restrict g = grad_quantized == nullptr ? nullptr : grad_quantized + row * p.dim;
-    if (g == nullptr || estimator == Estimator::none) {
-      for (int64_t d = 0; d < p.dim; ++d) {
-        narrow(coefficient * (static_cast<T>(widen(e[d])) - static_cast<T>(widen(c[d]))), out + d);
-      }
-    } else if (estimator == Estimator::straight_through) {
-      for (int64_t d = 0; d < p.dim; ++d) {
-        const T difference = static_cast<T>(widen(e[d])) - static_cast<T>(widen(c[d]));
-        narrow(static_cast<T>(widen(g[d])) + coefficient * difference, out + d);
-      }
-    } else {
-      rotate_gradient(e, c, g, p.dim, coefficient, out);
-    }
+    const Z* g = grad_quantized == nullptr ? nullptr : grad_quantized + row * p.dim;
+    row_gradient(z + row * p.dim, codebook + p.indices[row] * p.dim, g, estimator, p.dim, coefficient, out);
   }
 }
 

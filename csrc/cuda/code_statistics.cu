@@ -137,14 +137,21 @@ __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t n, int64_t k
   return low;
 }
 
+// Where the results of a code, of all heads' codes, are kept.
+struct Places {
+  int64_t codes;  // of a head
+  int64_t pitch;
+  __device__ int64_t of(int64_t k) const { return codes == pitch ? k : k / codes * pitch + k % codes; }
+};
+
 // offsets [codes + 1]: the members of code k are items offsets[k] to offsets[k + 1].
 __global__ void __launch_bounds__(kThreads)
-    find_offsets(const uint32_t* keys, int64_t rows, int64_t codes, int64_t* offsets, int64_t* counts) {
+    find_offsets(const uint32_t* keys, int64_t rows, int64_t codes, Places places, int64_t* offsets, int64_t* counts) {
   const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (k > codes) return;
   const int64_t begin = lower_bound(keys, rows, k);
   offsets[k] = begin;
-  if (k < codes) counts[k] = lower_bound(keys, rows, k + 1) - begin;
+  if (k < codes) counts[places.of(k)] = lower_bound(keys, rows, k + 1) - begin;
 }
 
 // Sum of column d of the rows members[0, count), one after the other.
@@ -185,11 +192,12 @@ __global__ void __launch_bounds__(kThreads) sum_runs(const Z* z, Items items, co
 
 // A group of threads a code.
 template <class T, class Z>
-__global__ void __launch_bounds__(kThreads) sum_codes(const Z* z, Items items, const int64_t* offsets, int64_t codes,
-                                                      int64_t dim, RowGroup group, const T* run_sums, T* sums) {
+__global__ void __launch_bounds__(kThreads)
+    sum_codes(const Z* z, Items items, const int64_t* offsets, int64_t codes, Places places, int64_t dim,
+              RowGroup group, const T* run_sums, T* sums) {
   const int64_t k = group.row();
   if (k >= codes) return;
-  const int64_t begin = offsets[k], count = offsets[k + 1] - begin;
+  const int64_t begin = offsets[k], count = offsets[k + 1] - begin, out = places.of(k) * dim;
   for (int64_t d = group.lane(); d < dim; d += group.size()) {
     double total = 0;
     if (count <= kRunLength) {
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) sum_codes(const Z* z, Items items, c
 #pragma unroll 8
       for (int64_t r = 0; r < runs; ++r) total += run_sums[run_slot(begin, r) * dim + d];
     }
-    sums[k * dim + d] = static_cast<T>(total);
+    sums[out + d] = static_cast<T>(total);
   }
 }
 
@@ -255,7 +263,7 @@ void sum(const CodeStatisticsProblem& p, const Plan& plan, void* sums, cudaStrea
   launch(sum_runs<T, Z>, group.blocks(plan.slots, kThreads), kThreads, 0, stream, z, plan.items[0], plan.offsets,
          plan.rows, plan.codes, p.dim, group, run_sums);
   launch(sum_codes<T, Z>, group.blocks(plan.codes, kThreads), kThreads, 0, stream, z, plan.items[0], plan.offsets,
-         plan.codes, p.dim, group, run_sums, static_cast<T*>(sums));
+         plan.codes, Places{p.codes, p.code_pitch}, p.dim, group, run_sums, static_cast<T*>(sums));
 }
 
 }  // namespace
@@ -267,7 +275,7 @@ void code_statistics(const CodeStatisticsProblem& p, void* workspace, int64_t* c
   Plan plan(p, workspace);
   if (plan.rows > 0) sort_items(p, plan, stream);
   launch(find_offsets, ceil_div(plan.codes + 1, kThreads), kThreads, 0, stream, plan.items[0].keys, plan.rows,
-         plan.codes, plan.offsets, counts);
+         plan.codes, Places{p.codes, p.code_pitch}, plan.offsets, counts);
   switch (p.z_type) {
     case DType::float64:
       return sum<double, double>(p, plan, sums, stream);

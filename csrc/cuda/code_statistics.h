@@ -17,13 +17,15 @@ struct CodeStatisticsProblem {
   int64_t rows;
   int64_t codes;
   int64_t dim;
+  int64_t code_pitch;  // at least codes: from the results of one head to those of the next
 };
 
 // Bytes of work memory: O(heads * (rows + codes)), and one row of sums for every kRunLength / 2 rows. Throws
 // std::invalid_argument where heads * codes does not fit 32 bits.
 int64_t code_statistics_workspace(const CodeStatisticsProblem& problem);
 
-// counts: int64 [heads, codes]; sums: float (double for double rows) [heads, codes, dim].
+// counts: int64 [heads, code_pitch]; sums: float (double for double rows) [heads, code_pitch, dim]. What lies behind
+// the codes of a head stays as it is.
 void code_statistics(const CodeStatisticsProblem& problem, void* workspace, int64_t* counts, void* sums,
                      cudaStream_t stream);
 

@@ -21,12 +21,19 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("vqkernels: CUDA: ") + cudaGetErrorString(status));
 }
 
+// What a block may have of shared memory without asking for more.
+constexpr int64_t kDefaultSharedBytes = 48 * 1024;
+
 // Runs kernel(arguments...) on the stream; nothing to do for 0 blocks. Throws std::runtime_error where CUDA refuses.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration);
+  if (shared_bytes > kDefaultSharedBytes) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -34,6 +41,15 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
+
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline bool is_aligned(const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
 
 // Cuts arrays out of a workspace; from a null workspace it only counts the bytes they take.
 class Workspace {

@@ -1,4 +1,7 @@
-// The tiles of the search: their shape, their way into shared memory, and the multiplication.
+// The search of a block: a tile of rows is scored against one tile of codes after the other. Slices of both tiles lie
+// in shared memory, transposed and double-buffered, or the rows lie there as a whole; a thread holds the chains of 8 x
+// 8 pairs (float) in registers and, between tiles of codes, nothing: what is best so far lies in shared memory. Threads
+// that share rows compare at the end. Codes always come in ascending order, so that a strict comparison settles ties.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +10,7 @@
 
 #include "fixed_order.h"
 #include "launch.h"
+#include "prepare_codes.h"
 
 namespace vqkernels::cuda {
 
@@ -23,8 +27,11 @@ struct alignas(16) Vector {
 
 // Tiles of a block whose warps stand WarpRows high. A warp's threads stand 4 rows high and 8 codes wide; each has
 // RowVectors vectors of rows and two of codes, a warp's width apart, which keeps shared loads free of bank conflicts.
-template <class T, int WarpRows, int RowVectors>
+// ResidentRows: the caller keeps the rows in shared memory, [dim, row_pitch], with zeros behind the
+// last column up to half a slice; a tile then only brings the codes. Signs of zero scores may then differ.
+template <class T, int WarpRows, int RowVectors, bool ResidentRows = false>
 struct Tile {
+  static constexpr bool resident_rows = ResidentRows;
   static constexpr int vector = Vector<T>::size;
   static constexpr int row_vectors = RowVectors;
   static constexpr int thread_rows = RowVectors * vector;
@@ -34,7 +41,8 @@ struct Tile {
   static constexpr int codes = warp_columns * 8 * thread_codes;
   static constexpr int row_pitch = rows + vector;
   static constexpr int code_pitch = codes + vector;
-  static constexpr int buffer = kSlice * (row_pitch + code_pitch);
+  static constexpr int row_slice = resident_rows ? 0 : kSlice * row_pitch;  // behind it in a buffer: the codes
+  static constexpr int buffer = row_slice + kSlice * code_pitch;
   static constexpr int shared_bytes =
       2 * buffer * static_cast<int>(sizeof(T)) + thread_rows * kThreads * static_cast<int>(sizeof(T) + sizeof(int));
 };
@@ -54,8 +62,8 @@ struct Loader {
   const T* codebook;
   int codes;
   int dim;
-  bool vectors;
-  int left;  // columns from this thread's next one on
+  bool vectors;  // rows and codes begin at multiples of 16 bytes
+  int left;      // columns from this thread's next one on
   const T* row_at;
   const T* code_at[kCodeLines];
   Vector<T> row;
@@ -67,7 +75,7 @@ struct Loader {
   __device__ Loader(const T* z, int64_t rows, const T* codebook_, int codes_, int dim_, bool vectors_)
       : codebook(codebook_), codes(codes_), dim(dim_), vectors(vectors_), left(dim_ - column()) {
     static_assert(Tile::rows <= kLines, "a thread brings at most one vector of rows");
-    row_at = z + (line() < rows ? line() : rows - 1) * dim + column();
+    if constexpr (!Tile::resident_rows) row_at = z + (line() < rows ? line() : rows - 1) * dim + column();
     begin_codes(0);
   }
 
@@ -81,20 +89,22 @@ struct Loader {
 
   __device__ void next_tile(int tile) {
     const int done = dim - column() - left;
-    row_at -= done;
+    if constexpr (!Tile::resident_rows) row_at -= done;
     left += done;
     begin_codes(tile);
   }
 
   __device__ void next_slice() {
     left -= kSlice;
-    row_at += kSlice;
+    if constexpr (!Tile::resident_rows) row_at += kSlice;
 #pragma unroll
     for (int n = 0; n < kCodeLines; ++n) code_at[n] += kSlice;
   }
 
   __device__ void load() {
-    load(row_at, T(-0.0), Tile::rows == kLines || line() < Tile::rows, &row);
+    if constexpr (!Tile::resident_rows) {
+      load(row_at, T(-0.0), Tile::rows == kLines || line() < Tile::rows, &row);
+    }
 #pragma unroll
     for (int n = 0; n < kCodeLines; ++n) load(code_at[n], T(0.0), true, &code[n]);
   }
@@ -108,10 +118,13 @@ struct Loader {
     for (int i = 0; i < kSize; ++i) v->x[i] = wanted && i < left ? x[i] : padding;
   }
 
-  __device__ void store(T* rows, T* code_columns) const {
-    if (Tile::rows == kLines || line() < Tile::rows) {
-      store(row, rows + column() * Tile::row_pitch + line(), Tile::row_pitch);
+  __device__ void store(T* buffer) const {
+    if constexpr (!Tile::resident_rows) {
+      if (Tile::rows == kLines || line() < Tile::rows) {
+        store(row, buffer + column() * Tile::row_pitch + line(), Tile::row_pitch);
+      }
     }
+    T* code_columns = buffer + Tile::row_slice;
 #pragma unroll
     for (int n = 0; n < kCodeLines; ++n) {
       store(code[n], code_columns + column() * Tile::code_pitch + n * kLines + line(), Tile::code_pitch);
@@ -127,7 +140,8 @@ struct Loader {
 // Adds Columns columns of the slice to a thread's chains.
 template <class Tile, int Columns, class T>
 __device__ inline void multiply(const T* rows, const T* codes, T (&chains)[Tile::thread_rows][Tile::thread_codes]) {
-  constexpr int kUnroll = 2 * Vector<T>::size;
+  // Kernels with resident rows have more to remember: unrolled further, they spill in this loop (sm_90a).
+  constexpr int kUnroll = Tile::resident_rows ? 2 : 2 * Vector<T>::size;
 #pragma unroll kUnroll
   for (int d = 0; d < Columns; ++d) {
     Vector<T> r[Tile::row_vectors], c[2];
@@ -148,6 +162,137 @@ __device__ inline void multiply(const T* rows, const T* codes, T (&chains)[Tile:
       }
     }
   }
+}
+
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+
+// Takes a candidate that is better, or as good with a lower index.
+template <class T, class Index>
+__device__ inline void take_better(T score, Index index, T* best, Index* best_index) {
+  if (score > *best || (score == *best && index < *best_index)) {
+    *best = score;
+    *best_index = index;
+  }
+}
+
+template <class T>
+struct Best {
+  T score;
+  int code;  // -1: none
+};
+
+// Searches the codes of the loader for its rows, or for the resident ones, with the first Tile::shared_bytes of shared
+// memory. bias: of these codes, NaN for invalid ones and up to the end of the last tile. Thread i < Tile::rows gets
+// what is best for row i. All threads call it; between two calls, or before memory is used again, stands a barrier.
+template <class Tile, class T>
+__device__ __forceinline__ Best<T> search_tile(Loader<T, Tile>& loader, const T* resident, const T* bias) {
+  constexpr int kThreadRows = Tile::thread_rows, kThreadCodes = Tile::thread_codes;
+  const int slices = static_cast<int>(ceil_div(loader.dim, kSlice));
+  const int tiles = static_cast<int>(ceil_div(loader.codes, Tile::codes));
+  const bool half_slice = loader.dim - (slices - 1) * kSlice <= kSlice / 2;
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int warp_row = warp / Tile::warp_columns, warp_column = warp % Tile::warp_columns;
+  const int row_offset = warp_row * 4 * kThreadRows + lane / 8 * Tile::vector;
+  const int code_offset = warp_column * 8 * kThreadCodes + lane % 8 * Tile::vector;
+  const auto row_of = [&](int i) { return row_offset + i / Tile::vector * 4 * Tile::vector + i % Tile::vector; };
+  const auto code_of = [&](int j) { return code_offset + j / Tile::vector * 8 * Tile::vector + j % Tile::vector; };
+
+  // Two buffers of [kSlice, row_pitch] rows, unless they are resident, and [kSlice, code_pitch] codes, then what a
+  // thread needs only once a tile: the best score and code of its rows, both [thread_rows, threads].
+  T* shared = reinterpret_cast<T*>(vqkernels_shared);
+  T* best_scores = shared + 2 * Tile::buffer + threadIdx.x;
+  int* best_codes = reinterpret_cast<int*>(shared + 2 * Tile::buffer + kThreadRows * kThreads) + threadIdx.x;
+  for (int i = 0; i < kThreadRows; ++i) {
+    best_scores[i * kThreads] = -kInf<T>;
+    best_codes[i * kThreads] = -1;
+  }
+
+  loader.load();
+  loader.store(shared);
+  __syncthreads();
+  int buffer = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    T chains[kThreadRows][kThreadCodes];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Vector<T> v =
+          *reinterpret_cast<const Vector<T>*>(bias + int64_t{tile} * Tile::codes + code_of(n * Tile::vector));
+#pragma unroll
+      for (int j = 0; j < Tile::vector; ++j) {
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i) chains[i][n * Tile::vector + j] = v.x[j];
+      }
+    }
+    for (int slice = 1; slice <= slices; ++slice) {
+      const bool more = slice < slices || tile + 1 < tiles;
+      if (slice < slices) {
+        loader.next_slice();
+      } else {
+        loader.next_tile(tile + 1);
+      }
+      if (more) loader.load();
+      const T* rows =
+          (Tile::resident_rows ? resident + (slice - 1) * kSlice * Tile::row_pitch : shared + buffer) + row_offset;
+      const T* columns = shared + buffer + Tile::row_slice + code_offset;
+      if (slice == slices && half_slice) {
+        multiply<Tile, kSlice / 2>(rows, columns, chains);
+      } else {
+        multiply<Tile, kSlice>(rows, columns, chains);
+      }
+      buffer = Tile::buffer - buffer;
+      if (more) loader.store(shared + buffer);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      T tile_best = chains[i][0];
+#pragma unroll
+      for (int j = 1; j < kThreadCodes; ++j) tile_best = larger(tile_best, chains[i][j]);  // passes over NaN
+      if (tile_best > best_scores[i * kThreads]) {
+        // Which code it is is looked for only now; zeros of both signs are equal, the first one's score counts.
+        T score = tile_best;
+        int code = 0;
+#pragma unroll
+        for (int j = kThreadCodes - 1; j >= 0; --j) {
+          if (chains[i][j] == tile_best) {
+            score = chains[i][j];
+            code = code_of(j);
+          }
+        }
+        best_scores[i * kThreads] = score;
+        best_codes[i * kThreads] = tile * Tile::codes + code;
+      }
+    }
+  }
+
+  T* warp_best = shared;  // [warp_columns, rows]
+  int* warp_code = reinterpret_cast<int*>(warp_best + Tile::warp_columns * Tile::rows);
+#pragma unroll
+  for (int i = 0; i < kThreadRows; ++i) {
+    T best = best_scores[i * kThreads];
+    int best_code = best_codes[i * kThreads];
+#pragma unroll
+    for (int other = 1; other < 8; other *= 2) {
+      const T score = __shfl_xor_sync(kFullWarp, best, other);
+      const int code = __shfl_xor_sync(kFullWarp, best_code, other);
+      take_better(score, code, &best, &best_code);
+    }
+    if (lane % 8 == 0) {
+      warp_best[warp_column * Tile::rows + row_of(i)] = best;
+      warp_code[warp_column * Tile::rows + row_of(i)] = best_code;
+    }
+  }
+  __syncthreads();
+  const int row = threadIdx.x;
+  Best<T> best{-kInf<T>, -1};
+  if (row >= Tile::rows) return best;
+  best = {warp_best[row], warp_code[row]};
+  for (int column = 1; column < Tile::warp_columns; ++column) {
+    take_better(warp_best[column * Tile::rows + row], warp_code[column * Tile::rows + row], &best.score, &best.code);
+  }
+  return best;
 }
 
 }  // namespace vqkernels::cuda

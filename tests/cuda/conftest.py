@@ -57,8 +57,15 @@ class EmulatedDevice:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
-    def configure(self, multiprocessors: int, *, descending: bool = False) -> None:
-        self._library.configure(multiprocessors, int(descending))
+    def configure(self, multiprocessors: int, *, shared_kib: int = 228, descending: bool = False) -> None:
+        """shared_kib: shared memory of a processor, 1 KiB of which a block has without asking."""
+        self._library.configure(multiprocessors, shared_kib * 1024, int(descending))
+
+    def count_launches(self) -> int:
+        """Since the last call."""
+        function = self._library.count_launches
+        function.restype = ctypes.c_int64
+        return function()
 
     def call(self, name: str, *arguments: Tensor | float | int | str | None) -> None:
         function = self._library[name]
@@ -139,6 +146,64 @@ class EmulatedDevice:
             grad_z,
         )
         return grad_z
+
+    def residual_quantize(
+        self,
+        z: Tensor,
+        codebooks: Tensor,
+        sizes: list[int],
+        metric: str,
+        mask: Tensor | None = None,
+        num_levels: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        heads, rows, dim = z.shape
+        quantized = self._garbage((heads, rows, dim), z.dtype)
+        found = self._garbage((heads, rows, len(sizes)), torch.int64)
+        mse = self._garbage((heads, len(sizes)), accumulation_type(z))
+        valid_rows = self._garbage((heads, len(sizes)), torch.int64)
+        inputs = z, codebooks, mask, num_levels, indices, DTYPES.index(z.dtype), METRICS.index(metric)
+        shape = heads, rows, dim, torch.tensor(sizes), len(sizes)
+        self.call("residual_quantize", *inputs, *shape, quantized, found, mse, valid_rows)
+        return quantized, found, mse, valid_rows
+
+    def residual_quantize_backward(
+        self,
+        grad_quantized: Tensor | None,
+        grad_mse: Tensor | None,
+        z: Tensor,
+        codebooks: Tensor,
+        sizes: list[int],
+        indices: Tensor,
+        valid_rows: Tensor,
+        gradient: str,
+    ) -> Tensor:
+        grad_z = self._garbage(tuple(z.shape), z.dtype)
+        inputs = grad_quantized, grad_mse, z, codebooks, indices, valid_rows
+        types = DTYPES.index(z.dtype), GRADIENTS.index(gradient)
+        shape = *z.shape, torch.tensor(sizes), len(sizes)
+        self.call("residual_quantize_backward", *inputs, *types, *shape, grad_z)
+        return grad_z
+
+    def residual_statistics(
+        self, z: Tensor, codebooks: Tensor, sizes: list[int], indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        heads, rows, dim = z.shape
+        counts = self._garbage((heads, sum(sizes)), torch.int64)
+        sums = self._garbage((heads, sum(sizes), dim), accumulation_type(z))
+        shape = heads, rows, dim, torch.tensor(sizes), len(sizes)
+        self.call("residual_statistics", z, codebooks, indices, DTYPES.index(z.dtype), *shape, counts, sums)
+        return counts, sums
+
+    def topk_codes(
+        self, z: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        heads, rows, dim = z.shape
+        scores = self._garbage((heads, rows, k), z.dtype)
+        indices = self._garbage((heads, rows, k), torch.int64)
+        types = DTYPES.index(z.dtype), METRICS.index(metric)
+        self.call("topk_codes", z, codebook, mask, *types, heads, rows, codebook.shape[1], dim, k, scores, indices)
+        return indices, scores
 
 
 @pytest.fixture(scope="session")

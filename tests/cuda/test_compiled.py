@@ -13,7 +13,17 @@ from vqkernels import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(source.stem for source in ROOT.glob("csrc/cuda/*.cu"))
-OPS = ("nearest_code", "code_statistics", "ema_update_", "vector_quantize", "vector_quantize_backward")
+OPS = (
+    "nearest_code",
+    "code_statistics",
+    "ema_update_",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "residual_quantize",
+    "residual_quantize_backward",
+    "residual_statistics",
+    "topk_codes",
+)
 
 FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
 PTX, CUBIN = 1, 2

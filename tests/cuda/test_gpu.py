@@ -70,6 +70,71 @@ class TestShapes:
             assert_same_on_both(ops.vector_quantize_backward, *arguments)
 
 
+# rows, codes a level, dim
+RESIDUAL_SHAPES = (
+    (1, [1], 1),
+    (33, [300, 7, 1000], 12),
+    (24_000, [1024] * 4, 8),
+    (3000, [1024] * 8, 128),
+    (20_000, [500, 200], 65),
+    (700, [300, 300], 1000),
+)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("rows", "sizes", "dim"), RESIDUAL_SHAPES)
+def test_residual_quantize(rows, sizes, dim, dtype):
+    for heads, metric in ((1, "l2"), (2, "cosine"), (2, "dot")):
+        z = torch.randn(heads, rows, dim).to(dtype)
+        codebooks = torch.cat([torch.randn(heads, size, dim) * 0.7**q for q, size in enumerate(sizes)], 1).to(dtype)
+        mask, num_levels = torch.rand(heads, rows) < 0.9, torch.randint(0, len(sizes) + 1, (heads, rows))
+        inputs = z, codebooks, sizes
+        assert_same_on_both(ops.residual_quantize, *inputs, metric, mask, num_levels, None)
+        assert_same_on_both(ops.residual_quantize, *inputs, metric, None, None, None)
+        _, indices, mse, valid_rows = ops.residual_quantize(*inputs, metric, mask, num_levels, None)
+        assert_same_on_both(ops.residual_quantize, *inputs, metric, mask, num_levels, indices)
+        assert_same_on_both(ops.residual_statistics, *inputs, indices)
+        grad, grad_mse = torch.randn_like(z), torch.rand_like(mse)
+        for gradient in GRADIENTS:
+            arguments = grad, grad_mse, *inputs, indices, valid_rows, gradient
+            assert_same_on_both(ops.residual_quantize_backward, *arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_quantize_of_hard_inputs(kind, dtype):
+    for rows in (9, 1000, 30_000):
+        z, codebooks = inputs(kind, rows, 300, 17, dtype)
+        for metric in METRICS:
+            mask = torch.rand(1, rows) < 0.9
+            assert_same_on_both(ops.residual_quantize, z, codebooks, [200, 90, 10], metric, mask, None, None)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("rows", "codes", "dim", "k"), [(1, 5, 1, 9), (1000, 1024, 128, 8), (5000, 300, 12, 50)])
+def test_topk_codes(rows, codes, dim, k, dtype):
+    for kind in KINDS:
+        z, codebook = inputs(kind, rows, codes, dim, dtype)
+        for metric in METRICS:
+            assert_same_on_both(ops.topk_codes, z, codebook, k, metric, torch.rand(1, rows) < 0.9)
+
+
+def test_launches_of_residual_quantize():
+    """Codes, all levels, mean errors: the levels are no launches of their own."""
+    z, codebooks = torch.randn(1, 5000, 128, device="cuda"), torch.randn(1, 8 * 1024, 128, device="cuda")
+    arguments = z, codebooks, [1024] * 8, "l2", None, None, None
+    ops.residual_quantize(*arguments)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        ops.residual_quantize(*arguments)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    ours = [name for name in kernels if "vqkernels" in name]
+    assert len(ours) == 3
+    assert sum("quantize_levels" in name for name in ours) == 1
+
+
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hard_inputs(kind, dtype):
@@ -140,6 +205,17 @@ def training_step(z: Tensor, codebook: Tensor, state: tuple[Tensor, Tensor]) -> 
 def test_training_step_waits_for_nothing(no_host_sync):
     z, codebook = torch.randn(3000, 32, device="cuda"), torch.randn(256, 32, device="cuda")
     training_step(z, codebook, (torch.ones(256, device="cuda"), codebook.clone()))
+
+
+def residual_training_step(z: Tensor, codebooks: Tensor, num_levels: Tensor) -> None:
+    leaf = z.detach().requires_grad_()
+    result = vqkernels.residual_quantize(leaf, codebooks, gradient="rotation", num_levels=num_levels, statistics=True)
+    (result.quantized.sum() + result.losses.sum()).backward()
+
+
+def test_residual_training_step_waits_for_nothing(no_host_sync):
+    num_levels = torch.randint(1, 5, (3000,), device="cuda")
+    residual_training_step(torch.randn(3000, 32, device="cuda"), torch.randn(4, 256, 32, device="cuda"), num_levels)
 
 
 def test_training_step_in_a_graph():

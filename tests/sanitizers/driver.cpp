@@ -17,6 +17,8 @@
 #include "code_statistics.h"
 #include "ema_update.h"
 #include "nearest_code.h"
+#include "residual_quantize.h"
+#include "topk_codes.h"
 #include "vector_quantize.h"
 
 using namespace vqkernels;
@@ -201,6 +203,57 @@ void check_problem(DType z_type, DType codebook_type) {
   ++problems_done;
 }
 
+void check_residual(DType z_type, DType codebook_type) {
+  const Metric metric = static_cast<Metric>(generator() % 3);
+  const int64_t heads = pick({1, 1, 2}), rows = pick({0, 1, 5, 8, 9, 63, 64, 65, 130}), levels = pick({1, 2, 3});
+  const int64_t dim = pick({1, 3, 7, 8, 9, 16, 17, 33}), k = pick({1, 2, 7, 40});
+  std::vector<int64_t> sizes(levels);
+  int64_t codes = 0;
+  for (int64_t& size : sizes) codes += size = pick({1, 2, 5, 6, 7, 13, 33});
+  const std::vector<char> z = random_tensor(z_type, heads * rows * dim);
+  const std::vector<char> codebooks = random_tensor(codebook_type, heads * codes * dim);
+  std::vector<char> mask(heads * rows);
+  for (char& value : mask) value = generator() % 4 != 0;
+  std::vector<int64_t> num_levels(heads * rows);
+  for (int64_t& value : num_levels) value = pick({-1, 0, 1, 2, 3, 4});
+  const bool* mask_data = generator() % 2 ? reinterpret_cast<const bool*>(mask.data()) : nullptr;
+  const int64_t n = heads * rows, wide = z_type == DType::float64 ? 8 : 4;
+  const std::string name = "types " + std::to_string(int(z_type)) + " " + std::to_string(int(codebook_type)) +
+                           " metric " + std::to_string(int(metric)) + " heads " + std::to_string(heads) + " rows " +
+                           std::to_string(rows) + " levels " + std::to_string(levels) + " dim " + std::to_string(dim);
+  ResidualProblem p{z.data(), codebooks.data(), sizes.data(),  mask_data, generator() % 2 ? num_levels.data() : nullptr,
+                    nullptr,  z_type,           codebook_type, metric,    heads,
+                    rows,     levels,           codes,         dim};
+  const Outputs found = compare(
+      "residual_quantize " + name, {n * dim * bytes_of(z_type), n * levels * 8, heads * levels * 8, heads * levels * 8},
+      [&](Outputs& out, const Parallel& parallel) {
+        residual_quantize(p, out[0].get(), static_cast<int64_t*>(out[1].get()), static_cast<double*>(out[2].get()),
+                          static_cast<int64_t*>(out[3].get()), parallel);
+      });
+  std::vector<int64_t> indices(n * levels);
+  if (!indices.empty()) std::memcpy(indices.data(), found[1].memory.data(), indices.size() * 8);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (indices[i] < -1 || indices[i] >= sizes[i % levels]) fail("residual_quantize " + name + ": index out of range");
+  }
+  const std::vector<double> coefficients(heads * levels, 0.37);
+  for (const Estimator estimator : {Estimator::straight_through, Estimator::rotation, Estimator::none}) {
+    compare("residual backward " + name, {n * dim * bytes_of(z_type)}, [&](Outputs& out, const Parallel& parallel) {
+      // Rows serve as their own gradient where they have codes, and those are numbers.
+      residual_quantize_backward(p, indices.data(), z.data(), estimator, coefficients.data(), out[0].get(), parallel);
+    });
+  }
+  compare("residual_statistics " + name, {heads * codes * 8, heads * codes * dim * wide},
+          [&](Outputs& out, const Parallel& parallel) {
+            residual_statistics(p, indices.data(), static_cast<int64_t*>(out[0].get()), out[1].get(), parallel);
+          });
+  const NearestCodeProblem search{
+      z.data(), codebooks.data(), mask_data, z_type, codebook_type, metric, heads, rows, codes, dim};
+  compare("topk_codes " + name, {n * k * wide, n * k * 8}, [&](Outputs& out, const Parallel& parallel) {
+    topk_codes(search, k, out[0].get(), static_cast<int64_t*>(out[1].get()), parallel);
+  });
+  ++problems_done;
+}
+
 void check_ema() {
   const int64_t heads = pick({1, 2}), codes = pick({1, 3, 16, 17, 255, 256, 257}), dim = pick({1, 3, 8, 17, 33});
   const int64_t n = heads * codes;
@@ -232,9 +285,11 @@ int main(int argc, char** argv) {
   for (const DType z : {DType::float32, DType::bfloat16, DType::float16}) {
     for (const DType codebook : {DType::float32, DType::bfloat16, DType::float16}) {
       kinds.push_back([z, codebook] { check_problem(z, codebook); });
+      kinds.push_back([z, codebook] { check_residual(z, codebook); });
     }
   }
   kinds.push_back([] { check_problem(DType::float64, DType::float64); });
+  kinds.push_back([] { check_residual(DType::float64, DType::float64); });
   kinds.push_back(check_ema);
   for (size_t i = 0; i < problems; ++i) kinds[i % kinds.size()]();
   std::printf("levels:");

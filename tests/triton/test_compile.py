@@ -11,6 +11,8 @@ from triton.runtime.jit import JITFunction
 
 from vqkernels.triton.code_statistics import code_statistics
 from vqkernels.triton.ema_update import ema_update_
+from vqkernels.triton.residual_quantize import residual_quantize, residual_quantize_backward, residual_statistics
+from vqkernels.triton.topk_codes import topk_codes
 from vqkernels.triton.vector_quantize import vector_quantize, vector_quantize_backward
 
 POINTERS = {
@@ -64,6 +66,7 @@ def compiled(monkeypatch, tmp_path):
     ("capability", "dtype", "dim"),
     [
         (90, torch.float32, 64),
+        (90, torch.float32, 130),
         (90, torch.bfloat16, 8),
         (90, torch.float64, 12),
         (80, torch.float16, 3),
@@ -78,16 +81,26 @@ def test_compiles(capability, dtype, dim, compiled):
     for gradient in ("straight_through", "rotation", "none"):
         vector_quantize_backward(z, mse, z, codebook, indices, valid_rows, gradient)
     code_statistics(z, indices, 70)
+    topk_codes(z, codebook, 5, "l2", None)
+    levels, sizes = torch.zeros(2, 40, 3, dtype=torch.int64), [20, 1, 49]
+    for mask, given in ((None, None), (torch.ones(2, 40, dtype=torch.bool), None), (None, levels)):
+        _, _, mse, valid_rows = residual_quantize(z, codebook, sizes, "cosine", mask, None, given)
+    for gradient in ("straight_through", "rotation", "none"):
+        residual_quantize_backward(z, mse, z, codebook, sizes, levels, valid_rows, gradient)
+    residual_statistics(z, codebook, sizes, levels)
     state, size = torch.zeros(2, 70, dim), torch.zeros(2, 70)
     ema_update_(state, size, state.clone(), size.long(), state.clone(), 0.9, 1e-5)
     assert {key[0] for key in programs} == {
         "_column_sum_kernel",
         "_quantize_backward_kernel",
         "_quantize_kernel",
+        "_residual_backward_kernel",
+        "_residual_quantize_kernel",
         "_search_kernel",
         "_squared_norm_kernel",
         "_sum_codes_kernel",
         "_sum_runs_kernel",
+        "_topk_kernel",
         "_update_codes_kernel",
         "_update_sizes_kernel",
     }

@@ -9,6 +9,8 @@ from vqkernels.triton import vector_quantize as quantization
 from vqkernels.triton.code_statistics import code_statistics
 from vqkernels.triton.ema_update import ema_update_
 from vqkernels.triton.nearest_code import nearest_code
+from vqkernels.triton.residual_quantize import residual_quantize, residual_quantize_backward, residual_statistics
+from vqkernels.triton.topk_codes import topk_codes
 from vqkernels.triton.vector_quantize import vector_quantize, vector_quantize_backward
 
 
@@ -17,6 +19,8 @@ def calls():
     z, codebook = torch.randn(2, 6, 4), torch.randn(2, 5, 4)
     indices, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.bool)
     search = {"z": z, "codebook": codebook, "metric": "l2", "mask": mask}
+    levels = {"z": z, "codebooks": codebook, "sizes": [2, 1, 2]}
+    chosen = torch.zeros(2, 6, 3, dtype=torch.int64)
     return {
         nearest_code: search,
         vector_quantize: search,
@@ -30,6 +34,18 @@ def calls():
             "gradient": "rotation",
         },
         code_statistics: {"z": z, "indices": indices, "num_codes": 5},
+        topk_codes: {"z": z, "codebook": codebook, "k": 3, "metric": "l2", "mask": mask},
+        residual_quantize: levels
+        | {"metric": "l2", "mask": mask, "num_levels": torch.ones(2, 6, dtype=torch.int64), "indices": chosen},
+        residual_quantize_backward: {
+            "grad_quantized": torch.ones_like(z),
+            "grad_mse": torch.ones(2, 3),
+            **levels,
+            "indices": chosen,
+            "valid_rows": torch.ones(2, 3, dtype=torch.int64),
+            "gradient": "rotation",
+        },
+        residual_statistics: levels | {"indices": chosen},
         ema_update_: {
             "codebook": codebook,
             "cluster_size": torch.ones(2, 5),
@@ -95,6 +111,16 @@ def test_shape(function, name, device):
         (vector_quantize_backward, {"gradient": "magic"}),
         (code_statistics, {"num_codes": 0}),
         (code_statistics, {"num_codes": -1}),
+        (topk_codes, {"k": 0}),
+        (topk_codes, {"metric": "l1"}),
+        (topk_codes, {"codebook": (2, 0, 4)}),
+        (residual_quantize, {"metric": "l1", "indices": None}),
+        (residual_quantize, {"sizes": [5, 0]}),
+        (residual_quantize, {"sizes": [6, -1]}),
+        (residual_quantize, {"sizes": []}),
+        (residual_quantize_backward, {"sizes": []}),
+        (residual_quantize_backward, {"gradient": "magic"}),
+        (residual_statistics, {"sizes": [6, -1]}),
     ],
 )
 def test_value(function, change, device):
@@ -103,10 +129,19 @@ def test_value(function, change, device):
         call(function, device, **change)
 
 
-def test_grad_mse_of_another_width(device):
-    message = re.escape("grad_mse: expected a tensor of float32, got float64 tensor of shape []")
+@pytest.mark.parametrize("function", [residual_quantize, residual_quantize_backward, residual_statistics])
+def test_sizes_of_other_codebooks(function, device):
+    for sizes in ([2, 2], [2, 1, 3]):
+        with pytest.raises(ValueError, match=rf"^codebooks: expected shape \[2, {sum(sizes)}, 4\]"):
+            call(function, device, sizes=sizes)
+
+
+@pytest.mark.parametrize("function", [vector_quantize_backward, residual_quantize_backward])
+def test_grad_mse_of_another_width(function, device):
+    wrong = calls()[function]["grad_mse"].double()
+    message = re.escape(f"grad_mse: expected a tensor of float32, got float64 tensor of shape {list(wrong.shape)}")
     with pytest.raises(TypeError, match=message):
-        call(vector_quantize_backward, device, grad_mse=torch.ones((), dtype=torch.float64, device=device))
+        call(function, device, grad_mse=wrong.to(device))
 
 
 @pytest.mark.parametrize("wild", [-2, 5, 7])

@@ -22,7 +22,7 @@ def test_interpreted_kernels():
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, done.stdout
-    assert int(passed[1]) >= 200, done.stdout
+    assert int(passed[1]) >= 450, done.stdout
     assert "skipped" not in done.stdout
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vq_bound import assert_within_bound
 from vq_cases import DTYPES, METRICS, make_inputs, same_bits
 
 import vqkernels
 from vqkernels.triton.nearest_code import nearest_code
 
 KINDS = ("normal", "integers", "duplicates", "one_ulp", "zeros", "large", "broken")
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def search(z, codebook, metric="l2", mask=None, device="cpu"):
@@ -23,41 +23,6 @@ def search(z, codebook, metric="l2", mask=None, device="cpu"):
     assert all(same_bits(a, b) for a, b in zip(inputs, before, strict=True))
     shape = z.shape[:-1]
     return indices.cpu().reshape(shape), scores.cpu().reshape(shape)
-
-
-def extended(x):
-    return x.double().numpy().astype(np.longdouble)
-
-
-def assert_within_bound(z, codebook, metric, indices, scores):
-    """One head. Extended precision stands in for exact arithmetic."""
-    dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
-    dim = z.shape[1]
-    gamma = (2 * dim + 3) * UNIT_ROUNDOFF[dtype] / (1 - (2 * dim + 3) * UNIT_ROUNDOFF[dtype])
-    limit = torch.finfo(dtype).max / 4
-    rows, codes = extended(z), extended(codebook)
-    with np.errstate(all="ignore"):
-        norm = (codes**2).sum(1)
-        valid_row, valid_code = (rows**2).sum(1) <= limit, norm <= limit
-        rows, codes = np.where(valid_row[:, None], rows, 0), np.where(valid_code[:, None], codes, 0)
-    if metric == "cosine":
-        codes = codes / np.sqrt(np.where((norm > 0) & valid_code, norm, 1))[:, None]
-    bias = np.where(valid_code, norm / 2, 0) if metric == "l2" else np.zeros(len(codes))
-    true_scores = rows @ codes.T - bias
-    error = gamma * (abs(rows) @ abs(codes).T + bias)
-
-    chosen = indices.numpy() >= 0
-    assert (chosen == (valid_row & valid_code.any())).all()
-    assert (scores[~chosen] == -torch.inf).all()
-    if not chosen.any():
-        return
-    index = indices.numpy()[chosen]
-    assert valid_code[index].all()
-    true_scores, error = true_scores[chosen], error[chosen]
-    least = np.where(valid_code, true_scores - error, -np.inf).max(1)
-    row = np.arange(len(index))
-    assert (true_scores[row, index] >= least - error[row, index]).all()
-    assert (abs(scores.numpy()[chosen] - true_scores[row, index]) <= error[row, index]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

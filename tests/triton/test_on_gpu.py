@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import vqkernels
-from vqkernels.triton import code_statistics, ema_update, nearest_code, vector_quantize
+from vqkernels.triton import (
+    code_statistics,
+    ema_update,
+    nearest_code,
+    residual_quantize,
+    topk_codes,
+    vector_quantize,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -15,6 +22,12 @@ def step(rows, codes, device):
     result = vqkernels.vector_quantize(z, state[0], gradient="rotation", statistics=True, backend="triton")
     (result.quantized.sum() + result.loss).backward()
     vqkernels.ema_update_(*state, state[0].clone(), result.counts, result.sums, decay=0.99, eps=1e-5, backend="triton")
+    levels = [torch.randn(size, 64, device=device, requires_grad=True) for size in (codes, 5)]
+    options = {"mask": torch.rand(rows, device=device) < 0.9, "statistics": True, "backend": "triton"}
+    options["num_levels"] = torch.randint(0, 3, (rows,), device=device)
+    for gradient, beam_size in (("rotation", None), ("none", 3)):
+        result = vqkernels.residual_quantize(z, levels, gradient=gradient, beam_size=beam_size, **options)
+        (result.quantized.sum() + result.losses.sum()).backward()
 
 
 def test_never_waits_for_the_device(device):
@@ -37,6 +50,9 @@ def test_compiles_once_for_all_sizes(device):
         ema_update._update_codes_kernel,
         vector_quantize._quantize_kernel,
         vector_quantize._quantize_backward_kernel,
+        residual_quantize._residual_quantize_kernel,
+        residual_quantize._residual_backward_kernel,
+        topk_codes._topk_kernel,
     ]
     step(128, 64, device)
     cached = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
@@ -60,6 +76,39 @@ def test_offsets_beyond_32_bits(device):
         expected.index_add_(0, indices, part.double())
     # Runs of 256 rows in float32, each element at most 8, then one rounding.
     assert ((whole.sums - expected).abs() <= 2.0**-24 * (256 * 8 * whole.counts.unsqueeze(-1) + expected.abs())).all()
+
+
+@pytest.mark.parametrize("dim", [8, 128, 200])
+def test_residual_quantize_equals_native(dim, device):
+    """Products and sums come in the order of the contract, and a GPU rounds a multiply-add once."""
+    z, codebooks = torch.randn(2, 500, dim), torch.randn(2, 4, 300, dim)
+    options = {"num_levels": torch.randint(0, 5, (2, 500)), "statistics": True, "gradient": "rotation"}
+    results, gradients = [], []
+    for backend, where in ((None, "cpu"), ("triton", device)):
+        rows = z.to(where).requires_grad_()
+        moved = {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        results.append(vqkernels.residual_quantize(rows, codebooks.to(where), **moved, backend=backend))
+        gradients.append(torch.autograd.grad(results[-1].quantized.square().sum() + results[-1].losses.sum(), rows)[0])
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*results, strict=True))
+    assert torch.equal(gradients[0], gradients[1].cpu())
+
+
+def test_topk_codes_equal_native(device):
+    z, codebook = torch.randn(500, 33), torch.randn(300, 33).round()
+    expected = vqkernels.topk_codes(z, codebook, 20)
+    actual = vqkernels.topk_codes(z.to(device), codebook.to(device), 20, backend="triton")
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, actual, strict=True))
+
+
+def test_long_residuals_beyond_32_bits(device):
+    """Residuals in a work tensor of more than 2^31 elements: the last rows, against the same rows alone."""
+    rows, dim = 2**24 + 100, 136
+    z = torch.randn(1000, dim, device=device, dtype=torch.bfloat16).repeat(rows // 1000 + 1, 1)[:rows]
+    codebooks = torch.randn(2, 20, dim, device=device)
+    whole = vqkernels.residual_quantize(z, codebooks, backend="triton")
+    last = vqkernels.residual_quantize(z[-1000:].clone(), codebooks, backend="triton")
+    assert torch.equal(whole.indices[-1000:], last.indices)
+    assert torch.equal(whole.quantized[-1000:], last.quantized)
 
 
 def test_ema_update_equals_native(device):

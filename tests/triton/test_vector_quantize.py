@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vq_bound import UNIT_ROUNDOFF, wide
 from vq_cases import DTYPES, METRICS, make_inputs, same_bits
 
 import vqkernels
@@ -9,11 +10,6 @@ from vqkernels.triton.nearest_code import nearest_code
 from vqkernels.triton.vector_quantize import vector_quantize, vector_quantize_backward
 
 GRADIENTS = ("straight_through", "rotation", "none")
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-def wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

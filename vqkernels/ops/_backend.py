@@ -77,7 +77,7 @@ def _bump_versions(overload: Any, mutated: list[int]) -> Callable[..., Any]:
 
 def triton_function(name: str) -> Callable[..., Any]:
     """The Triton implementation of `torch.ops.vqkernels.<name>`, with the same arguments and results."""
-    file = name.removesuffix("_").removesuffix("_backward")
+    file = "residual_quantize" if name == "residual_statistics" else name.removesuffix("_").removesuffix("_backward")
     return getattr(importlib.import_module(f"vqkernels.triton.{file}"), name)
 
 

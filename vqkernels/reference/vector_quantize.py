@@ -21,6 +21,32 @@ def vector_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `vqkernels.vector_quantize`; returns the same five values as a plain tuple."""
     indices = nearest_code(z, codebook, metric=metric, mask=mask)
+    quantized, loss = quantize_chosen(
+        z,
+        codebook,
+        indices,
+        mask=mask,
+        gradient=gradient,
+        commitment_weight=commitment_weight,
+        codebook_weight=codebook_weight,
+    )
+    if not statistics:
+        return quantized, indices, loss, None, None
+    counts, sums = code_statistics(z, indices, codebook.shape[-2], heads=codebook.ndim == 3)
+    return quantized, indices, loss, counts, sums.float()
+
+
+def quantize_chosen(
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    *,
+    mask: Tensor | None,
+    gradient: str,
+    commitment_weight: float,
+    codebook_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Quantized rows and loss of `vqkernels.vector_quantize`, where codes have been chosen already."""
     chosen = (indices >= 0).unsqueeze(-1)
     wide = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
     rows = torch.where(chosen, z.to(wide), 0)
@@ -40,12 +66,7 @@ def vector_quantize(
     else:
         quantized = codes
     invalid = ~chosen if mask is None else ~chosen & mask.expand(indices.shape).unsqueeze(-1)
-    quantized = quantized.masked_fill(invalid, torch.nan).to(z.dtype)
-
-    if not statistics:
-        return quantized, indices, loss, None, None
-    counts, sums = code_statistics(z, indices, codebook.shape[-2], heads=codebook.ndim == 3)
-    return quantized, indices, loss, counts, sums.float()
+    return quantized.masked_fill(invalid, torch.nan).to(z.dtype), loss
 
 
 def _gather(codebook: Tensor, indices: Tensor) -> Tensor:

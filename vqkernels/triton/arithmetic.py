@@ -43,6 +43,39 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def load_as(x: tl.tensor, inside: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """What the pointers x point to, 0 outside, in the type of the arithmetic."""
+    return tl.load(x, mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def load_columns(
+    rows: tl.tensor, inside: tl.tensor, first: tl.int64, dim: tl.int64, dtype: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """Columns from `first` on of the rows that the pointers `rows` [n] point to: [n, COLUMNS], 0 outside."""
+    column = first + tl.arange(0, COLUMNS)
+    return load_as(rows[:, None] + column[None, :], inside[:, None] & (column < dim)[None, :], dtype)
+
+
+@triton.jit
+def store_columns(
+    rows: tl.tensor, inside: tl.tensor, first: tl.int64, dim: tl.int64, x: tl.tensor, COLUMNS: tl.constexpr
+) -> None:
+    """Stores x [n, COLUMNS] where `load_columns` would load it."""
+    column = first + tl.arange(0, COLUMNS)
+    x = narrow(x, rows.dtype.element_ty)
+    tl.store(rows[:, None] + column[None, :], x, mask=inside[:, None] & (column < dim)[None, :])
+
+
+@triton.jit
+def load_code(index: tl.tensor, inside: tl.tensor, codes: tl.int64) -> tuple[tl.tensor, tl.tensor]:
+    """Whether each index is that of a code, and the index, 0 where it is not."""
+    value = tl.load(index, mask=inside, other=-1)
+    is_code = (value >= 0) & (value < codes)
+    return is_code, tl.where(is_code, value, 0)
+
+
+@triton.jit
 def pairwise_sum(x: tl.tensor, ROWS: tl.constexpr, LOG_LANES: tl.constexpr) -> tl.tensor:
     """[ROWS, lanes] -> [ROWS]: lane i with i + lanes/2, then halves again."""
     for i in tl.static_range(LOG_LANES):

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from vqkernels.reference._checks import FLOAT_TYPES
 from vqkernels.triton._checks import check_base, check_like
+from vqkernels.triton.arithmetic import load_as, load_columns
 
-_BLOCK_ROWS = 64
-_BLOCK_CODES = 32
-_BLOCK_DIM = 16  # the least that tl.dot takes everywhere
+BLOCK_ROWS = 64
+BLOCK_CODES = 32
+BLOCK_DIM = 16  # the least that tl.dot takes everywhere
 _PROGRAMS = 1024  # enough to fill a GPU: with fewer blocks of rows, the codes are split too
 _SPLIT_BLOCKS = 32  # but no split has fewer blocks of codes
 
@@ -44,12 +45,12 @@ class SearchInputs(NamedTuple):
     dtype: torch.dtype  # of scores: float32, or float64 where an input is
 
 
-def search_inputs(z: Tensor, codebook: Tensor, mask: Tensor | None) -> SearchInputs:
+def search_inputs(z: Tensor, codebook: Tensor, mask: Tensor | None, name: str = "codebook") -> SearchInputs:
     """Checks what memory safety needs of a direct torch.ops call."""
     check_base("z", z, FLOAT_TYPES, "[H, N, D]")
     heads, rows, dim = z.shape
-    check_like("codebook", codebook, FLOAT_TYPES, (heads, *codebook.shape[1:2], dim), "z", z)
-    torch._check(codebook.shape[1] > 0, lambda: "vqkernels: expected a codebook that is not empty")
+    check_like(name, codebook, FLOAT_TYPES, (heads, *codebook.shape[1:2], dim), "z", z)
+    torch._check(codebook.shape[1] > 0, lambda: f"vqkernels: expected a {name} that is not empty")
     if mask is not None:
         check_like("mask", mask, (torch.bool,), (heads, rows), "z", z)
         mask = mask.contiguous()
@@ -65,7 +66,7 @@ def _squared_norm_kernel(x: tl.tensor, norms: tl.tensor, rows: tl.int64, dim: tl
     inside = row < rows
     norm = tl.zeros((BLOCK,), norms.dtype.element_ty)
     for d in range(dim):
-        value = tl.load(x + row * dim + d, mask=inside, other=0.0).to(norm.dtype)
+        value = load_as(x + row * dim + d, inside, norm.dtype)
         norm = tl.fma(value, value, norm)
     tl.store(norms + row, norm, mask=inside)
 
@@ -78,11 +79,102 @@ def _squared_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return norms
 
 
+def valid_rows(inputs: SearchInputs) -> Tensor:
+    """Whether each row takes part: bool [H, N]."""
+    valid = _squared_norm(inputs.z, inputs.dtype) <= torch.finfo(inputs.dtype).max / 4
+    return valid if inputs.mask is None else valid & inputs.mask
+
+
+def codes_to_compare(inputs: SearchInputs, metric: str) -> tuple[Tensor, Tensor]:
+    """The codes as the metric takes them, [H, K, D], and their bias [H, K]: -Inf for an invalid code."""
+    torch._check(metric in ("l2", "cosine", "dot"), lambda: f"vqkernels: unknown metric {metric}")
+    codebook = inputs.codebook
+    norm = _squared_norm(codebook, inputs.dtype)
+    bias = norm / -2 if metric == "l2" else torch.zeros_like(norm)
+    bias = bias.masked_fill(~(norm <= torch.finfo(inputs.dtype).max / 4), -torch.inf)
+    if metric == "cosine":
+        codebook = codebook / torch.where(norm > 0, norm, 1).sqrt().unsqueeze(-1)
+    return codebook, bias
+
+
+@triton.jit
+def add_products(
+    score: tl.tensor,  # [rows, codes]
+    z_tile: tl.tensor,  # [rows, BLOCK_DIM], columns from `first` on, 0 from column dim on
+    code_row: tl.tensor,  # [codes], pointers
+    code_inside: tl.tensor,
+    first: tl.int64,
+    dim: tl.int64,
+    BLOCK_DIM: tl.constexpr,
+) -> tl.tensor:
+    code_tile = load_columns(code_row, code_inside, first, dim, score.dtype, BLOCK_DIM)
+    return tl.dot(z_tile, tl.trans(code_tile), score, input_precision="ieee")
+
+
+@triton.jit
+def first_scores(
+    bias: tl.tensor, code: tl.tensor, codes: tl.int64, BLOCK_ROWS: tl.constexpr, BLOCK_CODES: tl.constexpr
+) -> tl.tensor:
+    """What the products are added to: the bias of each code [BLOCK_CODES], -Inf beyond the last.
+
+    Whatever is added to the -Inf of an invalid code gives -Inf or NaN, and neither is larger than anything.
+    """
+    code_bias = tl.load(bias + code, mask=code < codes, other=float("-inf"))
+    return tl.zeros((BLOCK_ROWS, BLOCK_CODES), code_bias.dtype) + code_bias[None, :]
+
+
+@triton.jit
+def score_codes(
+    z_row: tl.tensor,  # [BLOCK_ROWS], pointers
+    row_inside: tl.tensor,
+    codebook: tl.tensor,  # [codes, dim]
+    bias: tl.tensor,  # [codes]
+    code: tl.tensor,  # [BLOCK_CODES]
+    codes: tl.int64,
+    dim: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CODES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> tl.tensor:
+    """Scores of rows in memory: [BLOCK_ROWS, BLOCK_CODES]."""
+    score = first_scores(bias, code, codes, BLOCK_ROWS, BLOCK_CODES)
+    code_inside = code < codes
+    code_row = codebook + code * dim
+    if score.dtype == tl.float64:
+        for d in range(dim):
+            z_value = load_as(z_row + d, row_inside, score.dtype)
+            score = tl.fma(z_value[:, None], load_as(code_row + d, code_inside, score.dtype)[None, :], score)
+    else:
+        for d in range(0, dim, BLOCK_DIM):
+            z_tile = load_columns(z_row, row_inside, d, dim, score.dtype, BLOCK_DIM)
+            score = add_products(score, z_tile, code_row, code_inside, d, dim, BLOCK_DIM)
+    return score
+
+
+@triton.jit
+def keep_better(
+    score: tl.tensor, block: tl.int64, best: tl.tensor, best_block: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Each lane keeps the best of its own codes, which come in ascending order, so that ">" keeps the lowest."""
+    better = score > best
+    return tl.where(better, score, best), tl.where(better, block, best_block).to(tl.int32)
+
+
+@triton.jit
+def best_of_lanes(
+    best: tl.tensor, best_block: tl.tensor, codes: tl.int64, BLOCK_CODES: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The best score of each row, and the lowest index that has it."""
+    top = tl.max(best, axis=1)
+    code = best_block.to(tl.int64) * BLOCK_CODES + tl.arange(0, BLOCK_CODES)[None, :]
+    return top, tl.min(tl.where(best == top[:, None], code, codes), axis=1)
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "codes", "row_blocks", "split_blocks"])
 def _search_kernel(
     z: tl.tensor,
     codebook: tl.tensor,
-    bias: tl.tensor,  # [heads, codes], -Inf: an invalid code
+    bias: tl.tensor,  # [heads, codes]
     valid: tl.tensor,  # [heads, rows]
     scores: tl.tensor,  # [splits, heads, rows]
     indices: tl.tensor,
@@ -102,73 +194,44 @@ def _search_kernel(
     head = program // row_blocks % heads
     split = program // row_blocks // heads
     row_inside = row < rows
-    z_row = z + (head * rows + row) * dim
-    lane = tl.arange(0, BLOCK_CODES)
+    row += head * rows
+    codebook += head * codes * dim
+    bias += head * codes
     first_block = split * split_blocks
     last_block = tl.minimum(first_block + split_blocks, tl.cdiv(codes, BLOCK_CODES))
 
-    # Each lane keeps the best of its own codes, which come in ascending order, so that ">" keeps the lowest.
     best = tl.full((BLOCK_ROWS, BLOCK_CODES), float("-inf"), scores.dtype.element_ty)
     best_block = tl.zeros((BLOCK_ROWS, BLOCK_CODES), tl.int32)
     for block in range(first_block, last_block):
-        code = block * BLOCK_CODES + lane
-        code_inside = code < codes
-        code_bias = tl.load(bias + head * codes + code, mask=code_inside, other=float("-inf"))
-        code_row = codebook + (head * codes + code) * dim
-        score = tl.zeros_like(best) + code_bias[None, :]
-        if best.dtype == tl.float64:
-            for d in range(dim):
-                z_value = tl.load(z_row + d, mask=row_inside, other=0.0).to(best.dtype)
-                code_value = tl.load(code_row + d, mask=code_inside, other=0.0).to(best.dtype)
-                score = tl.fma(z_value[:, None], code_value[None, :], score)
-        else:
-            for d in range(0, dim, BLOCK_DIM):
-                column = d + tl.arange(0, BLOCK_DIM)
-                z_mask = row_inside[:, None] & (column < dim)[None, :]
-                z_tile = tl.load(z_row[:, None] + column[None, :], mask=z_mask, other=0.0)
-                code_mask = code_inside[None, :] & (column < dim)[:, None]
-                code_tile = tl.load(code_row[None, :] + column[:, None], mask=code_mask, other=0.0)
-                score = tl.dot(z_tile.to(best.dtype), code_tile.to(best.dtype), score, input_precision="ieee")
-        # Whatever is added to the -Inf of an invalid code gives -Inf or NaN, and neither is larger than anything.
-        better = score > best
-        best = tl.where(better, score, best)
-        best_block = tl.where(better, (block - first_block).to(tl.int32), best_block)
+        code = block * BLOCK_CODES + tl.arange(0, BLOCK_CODES)
+        score = score_codes(
+            z + row * dim, row_inside, codebook, bias, code, codes, dim, BLOCK_ROWS, BLOCK_CODES, BLOCK_DIM
+        )
+        best, best_block = keep_better(score, block, best, best_block)
 
-    top = tl.max(best, axis=1)
-    code = (first_block + best_block) * BLOCK_CODES + lane[None, :]
-    index = tl.min(tl.where(best == top[:, None], code, codes), axis=1)
-    chosen = (tl.load(valid + head * rows + row, mask=row_inside, other=0) != 0) & (top > float("-inf"))
-    out = (split * heads + head) * rows + row
+    top, index = best_of_lanes(best, best_block, codes, BLOCK_CODES)
+    chosen = (tl.load(valid + row, mask=row_inside, other=0) != 0) & (top > float("-inf"))
+    out = split * heads * rows + row
     tl.store(scores + out, tl.where(chosen, top, float("-inf")), mask=row_inside)
     tl.store(indices + out, tl.where(chosen, index, -1), mask=row_inside)
 
 
 def search(inputs: SearchInputs, metric: str) -> tuple[Tensor, Tensor]:
     """Indices, int64 [H, N], and scores [H, N]."""
-    z, codebook, mask, dtype = inputs
-    torch._check(metric in ("l2", "cosine", "dot"), lambda: f"vqkernels: unknown metric {metric}")
+    z = inputs.z
     heads, rows, dim = z.shape
+    codebook, bias = codes_to_compare(inputs, metric)
     codes = codebook.shape[1]
-    largest = torch.finfo(dtype).max / 4
-    norm = _squared_norm(codebook, dtype)
-    bias = norm / -2 if metric == "l2" else torch.zeros_like(norm)
-    bias = bias.masked_fill(~(norm <= largest), -torch.inf)
-    if metric == "cosine":
-        codebook = codebook / torch.where(norm > 0, norm, 1).sqrt().unsqueeze(-1)
-    valid = _squared_norm(z, dtype) <= largest
-    if mask is not None:
-        valid &= mask
-
-    row_blocks, code_blocks = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(codes, _BLOCK_CODES)
+    row_blocks, code_blocks = triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(codes, BLOCK_CODES)
     splits = max(1, min(code_blocks // _SPLIT_BLOCKS, _PROGRAMS // max(1, heads * row_blocks)))
-    scores = z.new_empty((splits, heads, rows), dtype=dtype)
+    scores = z.new_empty((splits, heads, rows), dtype=inputs.dtype)
     indices = z.new_empty((splits, heads, rows), dtype=torch.int64)
     with torch.cuda.device_of(z):
         _search_kernel[(splits * heads * row_blocks,)](
             z,
             codebook,
             bias,
-            valid,
+            valid_rows(inputs),
             scores,
             indices,
             heads,
@@ -177,9 +240,9 @@ def search(inputs: SearchInputs, metric: str) -> tuple[Tensor, Tensor]:
             dim,
             row_blocks,
             triton.cdiv(code_blocks, splits),
-            BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_CODES=_BLOCK_CODES,
-            BLOCK_DIM=_BLOCK_DIM,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_CODES=BLOCK_CODES,
+            BLOCK_DIM=BLOCK_DIM,
         )
     if splits == 1:
         return indices[0], scores[0]

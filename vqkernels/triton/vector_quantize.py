@@ -7,7 +7,15 @@ from torch import Tensor
 
 from vqkernels.reference._checks import FLOAT_TYPES
 from vqkernels.triton._checks import check_like
-from vqkernels.triton.arithmetic import column_sum, divide, narrow, pairwise_sum, square_root
+from vqkernels.triton.arithmetic import (
+    column_sum,
+    divide,
+    load_code,
+    load_columns,
+    pairwise_sum,
+    square_root,
+    store_columns,
+)
 from vqkernels.triton.nearest_code import search, search_inputs
 
 _BLOCK_ROWS = 32
@@ -29,24 +37,68 @@ def _quantize_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = row < heads * rows
-    index = tl.load(indices + row, mask=row_inside, other=-1)
-    is_code = (index >= 0) & (index < codes)
-    has_code = is_code[:, None]
-    code = row // rows * codes + tl.where(is_code, index, 0)
+    has_code, index = load_code(indices + row, row_inside, codes)
+    code_row = codebook + (row // rows * codes + index) * dim
     fill = tl.full((BLOCK_ROWS,), float("nan"), errors.dtype.element_ty)
     if mask is not None:
         fill = tl.where(tl.load(mask + row, mask=row_inside, other=0) != 0, fill, 0.0)
     lanes = tl.zeros((BLOCK_ROWS, 16), errors.dtype.element_ty)
     for d in range(0, dim, 16):
-        column = (d + tl.arange(0, 16))[None, :]
-        inside = row_inside[:, None] & (column < dim)
-        place = (row * dim)[:, None] + column
-        e = tl.load(z + place, mask=inside & has_code, other=0.0).to(lanes.dtype)
-        c = tl.load(codebook + (code * dim)[:, None] + column, mask=inside & has_code, other=0.0).to(lanes.dtype)
+        e = load_columns(z + row * dim, has_code, d, dim, lanes.dtype, 16)
+        c = load_columns(code_row, has_code, d, dim, lanes.dtype, 16)
         lanes = tl.fma(e - c, e - c, lanes)
-        value = narrow(tl.where(has_code, c, fill[:, None]), quantized.dtype.element_ty)
-        tl.store(quantized + place, value, mask=inside)
+        value = tl.where(has_code[:, None], c, fill[:, None])
+        store_columns(quantized + row * dim, row_inside, d, dim, value, 16)
     tl.store(errors + row, pairwise_sum(lanes, BLOCK_ROWS, 4), mask=row_inside)
+
+
+@triton.jit
+def rotation(
+    e_row: tl.tensor,  # [BLOCK_ROWS], pointers to rows,
+    c_row: tl.tensor,  # to their codes,
+    g_row: tl.tensor,  # and to the gradients of what they are quantized to
+    has_code: tl.tensor,  # [BLOCK_ROWS]
+    dim: tl.int64,
+    dtype: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What `rotate_back` needs to know of the rows, [BLOCK_ROWS, 1] each."""
+    e_lanes = tl.zeros((BLOCK_ROWS, 16), dtype)
+    c_lanes = tl.zeros_like(e_lanes)
+    for d in range(0, dim, 16):
+        e = load_columns(e_row, has_code, d, dim, dtype, 16)
+        c = load_columns(c_row, has_code, d, dim, dtype, 16)
+        e_lanes = tl.fma(e, e, e_lanes)
+        c_lanes = tl.fma(c, c, c_lanes)
+    norm_c = square_root(pairwise_sum(c_lanes, BLOCK_ROWS, 4))[:, None]
+    divisor_e = tl.maximum(square_root(pairwise_sum(e_lanes, BLOCK_ROWS, 4))[:, None], 1e-6)
+    divisor_c = tl.maximum(norm_c, 1e-6)
+
+    w_lanes = tl.zeros_like(e_lanes)
+    gw_lanes = tl.zeros_like(e_lanes)
+    gq_lanes = tl.zeros_like(e_lanes)
+    for d in range(0, dim, 16):
+        e = load_columns(e_row, has_code, d, dim, dtype, 16)
+        c = load_columns(c_row, has_code, d, dim, dtype, 16)
+        g = load_columns(g_row, has_code, d, dim, dtype, 16)
+        q = divide(c, divisor_c)
+        w = divide(e, divisor_e) + q
+        w_lanes = tl.fma(w, w, w_lanes)
+        gw_lanes = tl.fma(g, w, gw_lanes)
+        gq_lanes = tl.fma(g, q, gq_lanes)
+    divisor_w = tl.maximum(square_root(pairwise_sum(w_lanes, BLOCK_ROWS, 4))[:, None], 1e-6)
+    gw = divide(pairwise_sum(gw_lanes, BLOCK_ROWS, 4)[:, None], divisor_w)
+    gq = pairwise_sum(gq_lanes, BLOCK_ROWS, 4)[:, None]
+    return divisor_e, divisor_c, divisor_w, gw, gq, divide(norm_c, divisor_e)
+
+
+@triton.jit
+def rotate_back(g: tl.tensor, e: tl.tensor, c: tl.tensor, turn: tl.tuple) -> tl.tensor:
+    """Takes the gradient of a code to that of the row it was rotated from: columns [BLOCK_ROWS, 16] each."""
+    divisor_e, divisor_c, divisor_w, gw, gq, scale = turn
+    u = divide(e, divisor_e)
+    w = divide(u + divide(c, divisor_c), divisor_w)
+    return scale * (g - 2 * gw * w + 2 * gq * u)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "codes"])
@@ -66,60 +118,27 @@ def _quantize_backward_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = row < heads * rows
-    index = tl.load(indices + row, mask=row_inside, other=-1)
-    is_code = (index >= 0) & (index < codes)
-    has_code = is_code[:, None]
-    code_row = codebook + ((row // rows * codes + tl.where(is_code, index, 0)) * dim)[:, None]
-    z_row = z + (row * dim)[:, None]
+    has_code, index = load_code(indices + row, row_inside, codes)
+    code_row = codebook + (row // rows * codes + index) * dim
+    place = row * dim
     factor = tl.load(coefficient)
-    lane = tl.arange(0, 16)[None, :]
-
     if ROTATE:
-        grad_row = grad_quantized + (row * dim)[:, None]
-        e_lanes = tl.zeros((BLOCK_ROWS, 16), factor.dtype)
-        c_lanes = tl.zeros_like(e_lanes)
-        for d in range(0, dim, 16):
-            inside = has_code & (d + lane < dim)
-            e = tl.load(z_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-            c = tl.load(code_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-            e_lanes = tl.fma(e, e, e_lanes)
-            c_lanes = tl.fma(c, c, c_lanes)
-        norm_c = square_root(pairwise_sum(c_lanes, BLOCK_ROWS, 4))[:, None]
-        divisor_e = tl.maximum(square_root(pairwise_sum(e_lanes, BLOCK_ROWS, 4))[:, None], 1e-6)
-        divisor_c = tl.maximum(norm_c, 1e-6)
-
-        w_lanes = tl.zeros_like(e_lanes)
-        gw_lanes = tl.zeros_like(e_lanes)
-        gq_lanes = tl.zeros_like(e_lanes)
-        for d in range(0, dim, 16):
-            inside = has_code & (d + lane < dim)
-            e = tl.load(z_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-            c = tl.load(code_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-            g = tl.load(grad_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-            q = divide(c, divisor_c)
-            w = divide(e, divisor_e) + q
-            w_lanes = tl.fma(w, w, w_lanes)
-            gw_lanes = tl.fma(g, w, gw_lanes)
-            gq_lanes = tl.fma(g, q, gq_lanes)
-        divisor_w = tl.maximum(square_root(pairwise_sum(w_lanes, BLOCK_ROWS, 4))[:, None], 1e-6)
-        gw = divide(pairwise_sum(gw_lanes, BLOCK_ROWS, 4)[:, None], divisor_w)
-        gq = pairwise_sum(gq_lanes, BLOCK_ROWS, 4)[:, None]
-        scale = divide(norm_c, divisor_e)
-
+        turn = rotation(z + place, code_row, grad_quantized + place, has_code, dim, factor.dtype, BLOCK_ROWS)
     for d in range(0, dim, 16):
-        inside = has_code & (d + lane < dim)
-        e = tl.load(z_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
-        c = tl.load(code_row + d + lane, mask=inside, other=0.0).to(factor.dtype)
+        e = load_columns(z + place, has_code, d, dim, factor.dtype, 16)
+        c = load_columns(code_row, has_code, d, dim, factor.dtype, 16)
         gradient = factor * (e - c)
         if grad_quantized is not None:
-            g = tl.load(grad_quantized + (row * dim)[:, None] + d + lane, mask=inside, other=0.0).to(factor.dtype)
+            g = load_columns(grad_quantized + place, has_code, d, dim, factor.dtype, 16)
             if ROTATE:
-                u = divide(e, divisor_e)
-                w = divide(u + divide(c, divisor_c), divisor_w)
-                g = scale * (g - 2 * gw * w + 2 * gq * u)
+                g = rotate_back(g, e, c, turn)
             gradient += g
-        gradient = narrow(tl.where(has_code, gradient, 0.0), grad_z.dtype.element_ty)
-        tl.store(grad_z + (row * dim)[:, None] + d + lane, gradient, mask=row_inside[:, None] & (d + lane < dim))
+        store_columns(grad_z + place, row_inside, d, dim, tl.where(has_code[:, None], gradient, 0.0), 16)
+
+
+def check_gradient(gradient: str) -> None:
+    known = ("straight_through", "rotation", "none")
+    torch._check(gradient in known, lambda: f"vqkernels: unknown gradient {gradient}")
 
 
 def vector_quantize(
@@ -166,9 +185,7 @@ def vector_quantize_backward(
     """The gradient of z [H, N, D], in z's dtype, from those of quantized [H, N, D] and mse (None: zero)."""
     inputs = search_inputs(z, codebook, None)
     heads, rows, dim = z.shape
-    torch._check(
-        gradient in ("straight_through", "rotation", "none"), lambda: f"vqkernels: unknown gradient {gradient}"
-    )
+    check_gradient(gradient)
     check_like("indices", indices, (torch.int64,), (heads, rows), "z", z)
     check_like("valid_rows", valid_rows, (torch.int64,), (), "z", z)
     if grad_quantized is not None:
@@ -194,5 +211,6 @@ def vector_quantize_backward(
             dim,
             ROTATE=gradient == "rotation" and grad_quantized is not None,
             BLOCK_ROWS=_BLOCK_ROWS,
+            enable_fp_fusion=False,  # products are rounded before they are added up, as on a CPU
         )
     return grad_z.to(z.dtype)

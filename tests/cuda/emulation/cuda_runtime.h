@@ -16,6 +16,7 @@
 #define __device__
 #define __global__
 #define __shared__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -29,7 +30,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using cudaStream_t = void*;
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -39,6 +41,8 @@ struct cudaLaunchConfig_t {
 
 const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -52,18 +56,24 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
 
 namespace emulation {
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 // Waits for all threads of the block.
 void synchronize_block(const char* place);
+
+// Waits for all threads of the block; whether any of them brought true.
+bool any_of_block(const char* place, bool predicate);
 
 // Waits for the threads of the warp in mask, all of which must be here; what each of them brought, by lane.
 const uint64_t* exchange(const char* place, unsigned mask, uint64_t value);
 
 int lane();
 
-// The device that launches see, and the order in which its threads and blocks run.
-void configure(int multiprocessors, bool descending);
+// The device that launches see, with shared memory for a processor, and the order in which threads and blocks run.
+void configure(int multiprocessors, int shared_bytes, bool descending);
+
+// Launches since the last call.
+int64_t count_launches();
 
 template <class T>
 uint64_t to_bits(T value) {
@@ -112,6 +122,7 @@ inline unsigned ballot(const char* place, unsigned mask, bool predicate) {
 #define fmax(a, b) ::emulation::maximum(a, b)
 
 #define __syncthreads() ::emulation::synchronize_block(EMULATION_PLACE)
+#define __syncthreads_or(predicate) static_cast<int>(::emulation::any_of_block(EMULATION_PLACE, (predicate) != 0))
 #define __syncwarp() static_cast<void>(::emulation::exchange(EMULATION_PLACE, 0xffffffffu, 0))
 #define __shfl_sync(mask, value, source) ::emulation::shuffle(EMULATION_PLACE, mask, value, source)
 #define __shfl_xor_sync(mask, value, other) \
@@ -122,7 +133,7 @@ inline unsigned ballot(const char* place, unsigned mask, bool predicate) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  return emulation::run(*config, [&] { kernel(arguments...); });
+  return emulation::run(reinterpret_cast<const void*>(kernel), *config, [&] { kernel(arguments...); });
 }
 
 template <class T>

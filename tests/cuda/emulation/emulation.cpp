@@ -2,6 +2,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -9,7 +10,9 @@
 
 namespace {
 
-constexpr size_t kSharedBytes = 48 * 1024;  // of a block that asks for no more
+constexpr int kDefaultSharedBytes = 48 * 1024;  // of a block that asks for no more
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kReservedSharedBytes = 1024;  // of a processor's memory, for each block
 constexpr size_t kGuardBytes = 1024;
 constexpr unsigned char kGuard = 0xa5;
 constexpr unsigned char kPoison = 0xff;  // NaN as float and double
@@ -19,7 +22,7 @@ constexpr int kMaxThreads = 1024;
 
 }  // namespace
 
-alignas(16) unsigned char vqkernels_shared[kSharedBytes + kGuardBytes];
+alignas(16) unsigned char vqkernels_shared[kMaxSharedBytes + kGuardBytes];
 
 namespace emulation {
 namespace {
@@ -39,6 +42,9 @@ struct Thread {
 
 bool descending = false;
 int multiprocessors = 1;
+int64_t launches = 0;
+int processor_shared_bytes = kMaxSharedBytes + kReservedSharedBytes;
+std::map<const void*, int> shared_limits;  // of kernels that have asked for more
 std::string message;
 
 std::vector<Thread> threads(kMaxThreads);
@@ -47,6 +53,7 @@ int current = 0;
 jmp_buf scheduler;
 const std::function<void()>* body = nullptr;
 uint64_t exchanged[kMaxThreads / kWarp][kWarp];
+bool predicates[kMaxThreads];
 
 // A thread's fiber serves the thread of that number of one block after the other.
 void run_bodies() {
@@ -163,6 +170,14 @@ int lane() { return current % kWarp; }
 
 void synchronize_block(const char* place) { wait(State::in_block, place); }
 
+bool any_of_block(const char* place, bool predicate) {
+  predicates[current] = predicate;
+  wait(State::in_block, place);
+  const bool any = std::find(predicates, predicates + thread_count, true) != predicates + thread_count;
+  wait(State::in_block, place);
+  return any;
+}
+
 const uint64_t* exchange(const char* place, unsigned mask, uint64_t value) {
   threads[current].mask = mask;
   threads[current].value = value;
@@ -170,12 +185,15 @@ const uint64_t* exchange(const char* place, unsigned mask, uint64_t value) {
   return exchanged[current / kWarp];
 }
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   thread_count = static_cast<int>(config.blockDim.x);
   if (config.gridDim.x == 0 || thread_count == 0 || thread_count > kMaxThreads || thread_count % kWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.dynamicSmemBytes > kSharedBytes) return cudaErrorInvalidValue;
+  const auto asked = shared_limits.find(kernel);
+  const int limit = asked == shared_limits.end() ? kDefaultSharedBytes : asked->second;
+  if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
+  ++launches;
   body = &thread;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
@@ -186,8 +204,15 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   return cudaSuccess;
 }
 
-void configure(int processors, bool descending_order) {
+int64_t count_launches() {
+  const int64_t count = launches;
+  launches = 0;
+  return count;
+}
+
+void configure(int processors, int shared_bytes, bool descending_order) {
   multiprocessors = processors;
+  processor_shared_bytes = shared_bytes;
   descending = descending_order;
 }
 
@@ -204,7 +229,13 @@ const char* cudaGetErrorString(cudaError_t status) {
   }
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessors : emulation::processor_shared_bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value > emulation::processor_shared_bytes - kReservedSharedBytes) return cudaErrorInvalidValue;
+  emulation::shared_limits[kernel] = value;
   return cudaSuccess;
 }

@@ -9,6 +9,8 @@
 #include "../../../csrc/cuda/code_statistics.h"
 #include "../../../csrc/cuda/ema_update.h"
 #include "../../../csrc/cuda/nearest_code.h"
+#include "../../../csrc/cuda/residual_quantize.h"
+#include "../../../csrc/cuda/topk_codes.h"
 #include "../../../csrc/cuda/vector_quantize.h"
 #include "cuda_runtime.h"
 #include "faults.h"
@@ -57,7 +59,11 @@ class Memory {
 
 extern "C" {
 
-void configure(int multiprocessors, int descending) { emulation::configure(multiprocessors, descending != 0); }
+void configure(int multiprocessors, int shared_bytes, int descending) {
+  emulation::configure(multiprocessors, shared_bytes, descending != 0);
+}
+
+int64_t count_launches() { return emulation::count_launches(); }
 
 const char* fault(const char* name, float* out) {
   return guarded([&] { run_fault(name, out); });
@@ -77,7 +83,7 @@ const char* nearest_code(const void* z, const void* codebook, const bool* mask, 
 const char* code_statistics(const void* z, const int64_t* indices, int64_t z_type, int64_t heads, int64_t rows,
                             int64_t codes, int64_t dim, int64_t* counts, void* sums) {
   return guarded([&] {
-    const cuda::CodeStatisticsProblem problem{z, indices, static_cast<DType>(z_type), heads, rows, codes, dim};
+    const cuda::CodeStatisticsProblem problem{z, indices, static_cast<DType>(z_type), heads, rows, codes, dim, codes};
     const Memory workspace(cuda::code_statistics_workspace(problem));
     cuda::code_statistics(problem, workspace.get(), counts, sums, nullptr);
     workspace.check();
@@ -115,6 +121,75 @@ const char* vector_quantize_backward(const void* grad_quantized, const void* gra
                                         heads, rows,     codes,   dim};
     cuda::vector_quantize_backward(problem, grad_quantized, grad_mse, valid_rows, static_cast<Estimator>(estimator),
                                    grad_z, nullptr);
+  });
+}
+
+const char* residual_quantize(const void* z, const void* codebooks, const bool* mask, const int64_t* num_levels,
+                              const int64_t* known, int64_t z_type, int64_t metric, int64_t heads, int64_t rows,
+                              int64_t dim, const int64_t* sizes, int64_t levels, void* quantized, int64_t* indices,
+                              void* mse, int64_t* valid_rows) {
+  return guarded([&] {
+    const cuda::ResidualProblem problem{z,
+                                        codebooks,
+                                        mask,
+                                        num_levels,
+                                        known,
+                                        static_cast<DType>(z_type),
+                                        static_cast<Metric>(metric),
+                                        heads,
+                                        rows,
+                                        dim,
+                                        cuda::make_levels(sizes, levels)};
+    const Memory workspace(cuda::residual_quantize_workspace(problem));
+    cuda::residual_quantize(problem, workspace.get(), quantized, indices, mse, valid_rows, nullptr);
+    workspace.check();
+  });
+}
+
+const char* residual_quantize_backward(const void* grad_quantized, const void* grad_mse, const void* z,
+                                       const void* codebooks, const int64_t* indices, const int64_t* valid_rows,
+                                       int64_t z_type, int64_t estimator, int64_t heads, int64_t rows, int64_t dim,
+                                       const int64_t* sizes, int64_t levels, void* grad_z) {
+  return guarded([&] {
+    const cuda::ResidualGradientProblem problem{grad_quantized,
+                                                grad_mse,
+                                                z,
+                                                codebooks,
+                                                indices,
+                                                valid_rows,
+                                                static_cast<DType>(z_type),
+                                                static_cast<Estimator>(estimator),
+                                                heads,
+                                                rows,
+                                                dim,
+                                                cuda::make_levels(sizes, levels)};
+    const Memory workspace(cuda::residual_quantize_backward_workspace(problem));
+    cuda::residual_quantize_backward(problem, workspace.get(), grad_z, nullptr);
+    workspace.check();
+  });
+}
+
+const char* residual_statistics(const void* z, const void* codebooks, const int64_t* indices, int64_t z_type,
+                                int64_t heads, int64_t rows, int64_t dim, const int64_t* sizes, int64_t levels,
+                                int64_t* counts, void* sums) {
+  return guarded([&] {
+    const cuda::ResidualStatisticsProblem problem{z,     codebooks, indices, static_cast<DType>(z_type),
+                                                  heads, rows,      dim,     cuda::make_levels(sizes, levels)};
+    const Memory workspace(cuda::residual_statistics_workspace(problem));
+    cuda::residual_statistics(problem, workspace.get(), counts, sums, nullptr);
+    workspace.check();
+  });
+}
+
+const char* topk_codes(const void* z, const void* codebook, const bool* mask, int64_t type, int64_t metric,
+                       int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t k, void* scores,
+                       int64_t* indices) {
+  return guarded([&] {
+    const cuda::NearestCodeProblem problem{
+        z, codebook, mask, static_cast<DType>(type), static_cast<Metric>(metric), heads, rows, codes, dim};
+    const Memory workspace(cuda::topk_codes_workspace(problem));
+    cuda::topk_codes(problem, k, workspace.get(), scores, indices, nullptr);
+    workspace.check();
   });
 }
 
