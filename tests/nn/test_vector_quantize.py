@@ -274,60 +274,6 @@ def test_a_codebook_set_by_hand_stays(layer_class):
         assert close(layer.codebook, codes)
 
 
-UNSUPPORTED = {
-    "commitment_use_cross_entropy_loss": True,
-    "orthogonal_reg_weight": 1.0,
-    "orthogonal_reg_active_codes_only": True,
-    "orthogonal_reg_max_codes": 4,
-    "codebook_diversity_loss_weight": 1.0,
-    "codebook_diversity_temperature": 1.0,
-    "stochastic_sample_codes": True,
-    "sample_codebook_temp": 0.5,
-    "straight_through": True,
-    "directional_reparam": True,
-    "directional_reparam_variance": 1.0,
-    "sync_codebook": True,
-    "sync_affine_param": True,
-    "vq_bridge": torch.nn.Identity(),
-    "in_place_codebook_optimizer": torch.optim.SGD,
-    "manual_in_place_optimizer_update": True,
-    "affine_param": True,
-    "affine_param_batch_decay": 0.5,
-    "affine_param_codebook_decay": 0.5,
-    "sync_update_v": 0.5,
-}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_options_name_themselves(name):
-    with pytest.raises(NotImplementedError, match=rf"VectorQuantize: argument {name} is not supported yet"):
-        nn.VectorQuantize(8, 32, **{name: UNSUPPORTED[name]})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("indices", torch.zeros(2, 5, dtype=torch.int64)),
-        ("topk", 2),
-        ("sample_codebook_temp", 0.5),
-        ("codebook_transform_fn", torch.nn.Identity()),
-        ("ema_update_weight", torch.ones(1, 32)),
-        ("accum_ema_update", True),
-    ],
-)
-def test_unsupported_call_options_name_themselves(name, value):
-    with pytest.raises(NotImplementedError, match=rf"VectorQuantize: argument {name} is not supported yet"):
-        nn.VectorQuantize(8, 32)(torch.randn(2, 5, 8), **{name: value})
-
-
-def test_a_distributed_run_needs_a_decision(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="sync_codebook=False gives every process"):
-        nn.VectorQuantize(8, 32)
-    nn.VectorQuantize(8, 32, sync_codebook=False)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

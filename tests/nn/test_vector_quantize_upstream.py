@@ -5,10 +5,9 @@ import inspect
 import pytest
 import torch
 from vector_quantize_pytorch import VectorQuantize as Upstream
+from vq_truth import assert_close, assert_same_state, pair
 
 from vqkernels import nn, reference
-
-EPS = torch.finfo(torch.float32).eps
 
 OPTIONS = {
     "default": {},
@@ -33,28 +32,6 @@ OPTIONS = {
 }
 
 
-def pair(**options):
-    """Upstream's layer and ours, with upstream's state."""
-    upstream = Upstream(8, 32, **options)
-    layer = nn.VectorQuantize(8, 32, **options)
-    layer.load_state_dict(upstream.state_dict(), strict=True)
-    return upstream, layer
-
-
-def assert_close(actual, expected, factor=32):
-    """Within `factor` roundings of the largest element: upstream rotates values, a chain of some D steps."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    bound = factor * EPS * expected.abs().max().clamp(min=EPS)
-    assert (actual - expected).abs().max() <= bound
-
-
-def assert_same_state(layer, upstream):
-    for (name, ours), theirs in zip(layer.state_dict().items(), upstream.state_dict().values(), strict=True):
-        assert ours.dtype == theirs.dtype, name
-        assert_close(ours.float(), theirs.float())
-
-
 def test_signatures_agree():
     for ours, theirs in (
         (nn.VectorQuantize.__init__, Upstream.__init__),
@@ -64,7 +41,7 @@ def test_signatures_agree():
         actual = {name: p.default for name, p in inspect.signature(ours).parameters.items()}
         assert list(actual)[: len(expected)] == list(expected)
         assert {name: actual[name] for name in expected} == expected
-        assert set(actual) - set(expected) <= {"return_statistics"}
+        assert set(actual) - set(expected) <= {"return_statistics", "reproducible"}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -1,6 +1,37 @@
 """Layers on the fused operations. Each has a twin of the same name and state_dict in `vqkernels.reference`."""
 
+from vqkernels.nn.random_projection import RandomProjectionQuantizer
+from vqkernels.nn.residual_vq import GroupedResidualVQ, ResidualVQ
+from vqkernels.nn.sim_vq import ResidualSimVQ, SimVQ
 from vqkernels.nn.vector_quantize import VectorQuantize
-from vqkernels.reference import CodeUsage, LossBreakdown
+from vqkernels.reference import (
+    FSQ,
+    LFQ,
+    CodeUsage,
+    GroupedResidualFSQ,
+    GroupedResidualLFQ,
+    LFQLossBreakdown,
+    LFQResult,
+    LossBreakdown,
+    ResidualFSQ,
+    ResidualLFQ,
+)
 
-__all__ = ["CodeUsage", "LossBreakdown", "VectorQuantize"]
+__all__ = [
+    "FSQ",
+    "LFQ",
+    "CodeUsage",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "LFQLossBreakdown",
+    "LFQResult",
+    "LossBreakdown",
+    "RandomProjectionQuantizer",
+    "ResidualFSQ",
+    "ResidualLFQ",
+    "ResidualSimVQ",
+    "ResidualVQ",
+    "SimVQ",
+    "VectorQuantize",
+]

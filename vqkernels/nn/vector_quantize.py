@@ -10,6 +10,7 @@ class Codebook(reference.Codebook):
     code_statistics = staticmethod(ops.code_statistics)
     ema_update_ = staticmethod(ops.ema_update_)
     vector_quantize = staticmethod(ops.vector_quantize)
+    topk_codes = staticmethod(ops.topk_codes)
 
 
 class VectorQuantize(reference.VectorQuantize):

@@ -1,33 +1,10 @@
 """Checks of arguments, with exceptions that name the argument, what was expected and what came."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_TYPES = (torch.int64, torch.int32)
-
-
-def check_unsupported(**values: tuple[Any, Any]) -> None:
-    """Raises for arguments, each given as (value, default), that differ from their defaults."""
-    for name, (value, default) in values.items():
-        if value is not default and (isinstance(value, Tensor) or value != default):
-            raise NotImplementedError(f"VectorQuantize: argument {name} is not supported yet")
-
-
-def check_single_process(sync_codebook: bool | None) -> None:
-    distributed = torch.distributed
-    if sync_codebook or (
-        sync_codebook is None
-        and distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
-        raise NotImplementedError(
-            "VectorQuantize: argument sync_codebook is not supported yet, and None means True in a distributed run; "
-            "sync_codebook=False gives every process a codebook of its own"
-        )
 
 
 def check_sizes(**sizes: object) -> None:
@@ -49,6 +26,13 @@ def check_numbers(low: float | None = None, high: float | None = None, **values:
 def check_at_most_one(**options: bool) -> None:
     if sum(options.values()) > 1:
         raise ValueError(f"{', '.join(options)}: expected at most one of them, got {len(options)}")
+
+
+def check_needs(name: str, given: bool, **needed: object) -> None:
+    """Raises for an argument that is given without others that it needs."""
+    for other, value in needed.items():
+        if given and not value:
+            raise ValueError(f"{name}: expected only with {other}, got {other}={value!r}")
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -84,6 +68,17 @@ def check_input(x: Tensor, layouts: list[str], dim: int, channels: int) -> None:
     """Checks that x has one of the layouts, as written for the reader, and `dim` channels."""
     if x.ndim not in [layout.count(",") + 1 for layout in layouts] or x.shape[channels] != dim:
         raise ValueError(f"x: expected shape {' or '.join(layouts)}, got {list(x.shape)}")
+
+
+def check_weight(weight: object, cluster_size: Tensor) -> None:
+    """Checks a weight of statistics: none, a function, or a tensor [K] or [C, K] like cluster_size."""
+    if weight is None or (callable(weight) and not isinstance(weight, Tensor)):
+        return
+    check_tensor("ema_update_weight", weight, FLOAT_TYPES)
+    assert isinstance(weight, Tensor)
+    if weight.shape not in (cluster_size.shape, cluster_size.shape[1:]):
+        shapes = f"{list(cluster_size.shape[1:])} or {list(cluster_size.shape)}"
+        raise ValueError(f"ema_update_weight: expected shape {shapes}, got {list(weight.shape)}")
 
 
 def check_indices(indices: object) -> None:

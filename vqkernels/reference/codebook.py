@@ -1,60 +1,53 @@
-"""The state of a vector quantizer: its codes, the statistics they follow, and how both change."""
+"""The codebook of a vector quantizer: how rows choose their codes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkernels.reference.code_statistics import code_statistics
-from vqkernels.reference.ema_update import ema_update_
-from vqkernels.reference.nearest_code import nearest_code
+from vqkernels.reference import synchronization
+from vqkernels.reference._copies import own_copy
+from vqkernels.reference.affine import to_batch, to_codebook, update_affine_
+from vqkernels.reference.codebook_state import CodebookState, CodeUpdate, Weight, normalize
+from vqkernels.reference.distances import choose_codes, soft_codes
+from vqkernels.reference.kmeans import kmeans
+from vqkernels.reference.selection import quantize_selected
+from vqkernels.reference.topk_codes import topk_codes
 from vqkernels.reference.vector_quantize import vector_quantize
 
-
-def normalize(x: Tensor) -> Tensor:
-    """Divides by max(|x|, 1e-6) along the last dimension, in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+__all__ = ["CodeUpdate", "Codebook", "CodebookState", "Quantization", "Weight", "normalize"]
 
 
-def choose_randomly(candidates: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Draws distinct candidates of each row of a bool [C, M] without waiting for the device.
+class Quantization(NamedTuple):
+    """What a codebook makes of rows; with top k codes, there are k in place of one."""
 
-    Returns:
-        positions, int64 [C, num], candidates first and in random order; and whether each is a candidate, bool [C, num].
-    """
-    keys = torch.rand(candidates.shape, device=candidates.device).masked_fill(~candidates, -1)
-    keys, positions = keys.topk(num)
-    return positions, keys >= 0
-
-
-def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x [C, M, D] at int64 [C, N], as [C, N, D]."""
-    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    quantized: Tensor  # [C, M, D] or [C, M, k, D]
+    indices: Tensor  # int64 [C, M] or [C, M, k]
+    error: Tensor  # mean squared difference from the rows, 0 if not asked for; with top k one for every code
+    counts: Tensor | None  # int64 [C, K], by the first of top k codes; None if not asked for
+    rows: Tensor  # [C, M, D] as they met the codes
+    codes: Tensor  # [C, K, D] as they met the rows, or [C, M, K, D] where transformed
 
 
-class Codebook(nn.Module):
-    """C codebooks of K codes of dimension D, in float32 whatever dtype the module is converted to.
+class Codebook(CodebookState):
+    """The codes of `CodebookState`, and how rows choose one.
 
-    Rows come as [C, M, D], one group for each codebook. Nothing here waits for the device, except loading a state.
-
-    Buffers:
-        initted: bool [], whether codes come from data; True from the start without k-means.
-        cluster_size: [C, K], moving average of the rows a code gets.
-        embed_avg: [C, K, D], moving average of their sum.
-        embed: [C, K, D], the codes; a parameter where learnable.
+    Buffers with affine parameters:
+        batch_mean, batch_variance: [C, 1, D], averages of the rows; None before the first training step.
+        codebook_mean, codebook_variance: [C, 1, D], averages of the codes.
+        codebook_mean_needs_init, codebook_variance_needs_init: bool [], True before the first training step.
     """
 
-    nearest_code: Callable[..., Any] = staticmethod(nearest_code)
-    code_statistics: Callable[..., Any] = staticmethod(code_statistics)
-    ema_update_: Callable[..., Any] = staticmethod(ema_update_)
     vector_quantize: Callable[..., Any] = staticmethod(vector_quantize)
+    topk_codes: Callable[..., Any] = staticmethod(topk_codes)
 
-    initted: Tensor
-    cluster_size: Tensor
-    embed_avg: Tensor
-    embed: Tensor
+    batch_mean: Tensor | None
+    batch_variance: Tensor | None
+    codebook_mean_needs_init: Tensor
+    codebook_mean: Tensor
+    codebook_variance_needs_init: Tensor
+    codebook_variance: Tensor
 
     def __init__(
         self,
@@ -62,53 +55,34 @@ class Codebook(nn.Module):
         codebook_size: int,
         num_codebooks: int,
         *,
-        decay: float,
-        eps: float,
-        kmeans_init: bool,
-        kmeans_iters: int,
-        use_cosine_sim: bool,
-        threshold_ema_dead_code: float,
-        ema_update: bool,
-        manual_ema_update: bool,
-        learnable_codebook: bool,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 1.0,
+        straight_through: bool = False,
+        directional_reparam_variance: float = 5e-3,
+        vq_bridge: nn.Module | None = None,
+        affine_param: bool = False,
+        sync_affine_param: bool = False,
+        affine_param_batch_decay: float = 0.99,
+        affine_param_codebook_decay: float = 0.9,
+        **state: Any,
     ) -> None:
-        super().__init__()
-        self.codebook_size = codebook_size
-        self.num_codebooks = num_codebooks
-        self.decay = decay
-        self.eps = eps
-        self.kmeans_iters = kmeans_iters
-        self.use_cosine_sim = use_cosine_sim
-        self.threshold_ema_dead_code = threshold_ema_dead_code
-        self.ema_update = ema_update
-        self.manual_ema_update = manual_ema_update
-        self.learnable_codebook = learnable_codebook
-        # The host's knowledge of `initted`, so that no step asks the device. It may be True in vain, never False.
-        self._may_need_init = kmeans_init
-
-        embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim, dtype=torch.float32))
-        if use_cosine_sim:
-            embed = normalize(embed)
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size, dtype=torch.float32))
-        self.register_buffer("embed_avg", embed.clone())
-        if learnable_codebook:
-            self.embed = nn.Parameter(embed)
-        else:
-            self.register_buffer("embed", embed)
-
-    def extra_repr(self) -> str:
-        codes, dim = self.embed.shape[-2:]
-        return f"num_codebooks={self.num_codebooks}, codebook_size={codes}, dim={dim}"
-
-    @property
-    def replaces_dead_codes(self) -> bool:
-        return self.threshold_ema_dead_code > 0
-
-    @property
-    def metric(self) -> str:
-        # Codes have length 1 where the cosine decides, so that the inner product is the cosine.
-        return "dot" if self.use_cosine_sim else "l2"
+        super().__init__(dim, codebook_size, num_codebooks, **state)
+        self.stochastic_sample_codes = stochastic_sample_codes
+        self.sample_codebook_temp = sample_codebook_temp
+        self.straight_through = straight_through
+        self.directional_reparam_variance = directional_reparam_variance
+        self.vq_bridge = vq_bridge
+        self.affine_param = affine_param
+        self.sync_affine_param = sync_affine_param
+        self.affine_param_batch_decay = affine_param_batch_decay
+        self.affine_param_codebook_decay = affine_param_codebook_decay
+        if affine_param:
+            self.register_buffer("batch_mean", None)
+            self.register_buffer("batch_variance", None)
+            self.register_buffer("codebook_mean_needs_init", torch.tensor(True))
+            self.register_buffer("codebook_mean", torch.zeros(num_codebooks, 1, dim))
+            self.register_buffer("codebook_variance_needs_init", torch.tensor(True))
+            self.register_buffer("codebook_variance", torch.ones(num_codebooks, 1, dim))
 
     def forward(
         self,
@@ -117,48 +91,117 @@ class Codebook(nn.Module):
         mask: Tensor | None,
         gradient: str,
         with_loss: bool,
+        learn: bool,
         freeze: bool,
         ema_update: bool,
-        statistics: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        statistics: bool = False,
+        update: bool = True,
+        weight: Weight = None,
+        accumulate: bool = False,
+        temperature: float | None = None,
+        topk: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> Quantization:
         """Quantizes with the codes as they are, then, in training, updates them.
 
         Args:
             rows: [C, M, D].
             mask: bool [C, M] or None; rows where it is False take no part.
-            gradient: see `vqkernels.vector_quantize`.
-            with_loss: compute the loss that draws rows to codes, and codes to rows where they are learnable.
+            gradient: see `quantize_selected`.
+            with_loss: compute the error, whose gradient goes to the rows.
+            learn: and to the codes, where they are a parameter.
             freeze: leave the codebook alone, and give it no gradient.
             ema_update: let codes follow the statistics.
             statistics: return counts.
-
-        Returns:
-            quantized [C, M, D]; indices int64 [C, M]; the mean squared error, 0 without loss; counts int64 [C, K] or
-            None.
+            update: change the codes after the step.
+            weight: see `step_`.
+            accumulate: see `step_`.
+            temperature: of sampling and of soft codes, in training; that of the codebook by default.
+            topk: choose the k best codes of a row; codes are not updated.
+            transform: makes the codes of every row, [C, M, K, D], from those of the codebook.
         """
-        if self.use_cosine_sim:
-            rows = normalize(rows)
-        self.init_embed_(rows, mask)
-        update = self.training and not freeze and (ema_update or self.replaces_dead_codes)
-        learn = self.learnable_codebook and not freeze
-        embed = self.embed if learn else self.embed.detach()
-        quantized, indices, loss, counts, sums = self.vector_quantize(
-            rows,
-            embed.clone() if update else embed,  # the backward pass reads what the update is about to overwrite
-            metric=self.metric,
-            mask=mask,
-            gradient=gradient,
-            commitment_weight=float(with_loss),
-            codebook_weight=float(with_loss and learn),
-            statistics=update or statistics,
-        )
-        if not with_loss:
-            loss = torch.zeros_like(loss)
-        elif learn:
-            loss = loss - loss.detach() / 2  # both terms have the same value, which counts once
+        rows = self.transform_input(rows)
+        update = update and self.training and not freeze and topk is None and (ema_update or self.replaces_dead_codes)
         if update:
-            self._update(rows, indices, counts, sums, ema_update)
-        return quantized, indices, loss, counts
+            self.begin_step_()
+        else:
+            self.finish_pending_()
+        self.init_embed_(rows, mask)
+        if self.affine_param and self.training:
+            update_affine_(self, rows, self.valid_rows(rows, mask))
+        codes = self.search_codes(freeze, copy=update)  # the backward pass reads what the update overwrites
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+        random = self.training and temperature > 0
+        samples = random and self.stochastic_sample_codes
+        softens = random and self.straight_through and gradient == "none"
+        counts = sums = None
+        if samples or softens or topk is not None or transform is not None or gradient == "directional":
+            wide = torch.promote_types(rows.dtype, codes.dtype)
+            codes = codes.to(wide) if transform is None else self.transform_input(transform(codes)).to(wide)
+            valid = self.valid_rows(rows, mask)
+            finite = torch.where(valid.unsqueeze(-1), rows, 0).to(wide)
+            if samples or transform is not None:
+                drawn = temperature if samples else None
+                indices = choose_codes(finite, codes, cosine=self.use_cosine_sim, temperature=drawn, topk=topk)
+                indices = indices.masked_fill(~(valid if topk is None else valid.unsqueeze(-1)), -1)
+            elif topk is not None:
+                indices, _ = self.topk_codes(rows.detach(), codes.detach(), topk, metric=self.metric, mask=mask)
+            else:
+                indices = self.nearest_code(rows, codes, metric=self.metric, mask=mask)
+            soft = None
+            if softens:
+                soft = soft_codes(finite, codes, cosine=self.use_cosine_sim, temperature=temperature)
+            quantized, error = quantize_selected(
+                rows,
+                codes,
+                indices,
+                mask=mask,
+                gradient=gradient,
+                learn=learn,
+                soft=soft,
+                variance=self.directional_reparam_variance,
+            )
+        else:
+            learn = learn and codes.requires_grad
+            quantized, indices, error, counts, sums = self.vector_quantize(
+                rows,
+                codes,
+                metric=self.metric,
+                mask=mask,
+                gradient=gradient,
+                commitment_weight=float(with_loss),
+                codebook_weight=float(with_loss and learn),
+                statistics=(update or statistics) and not self.affine_param,
+            )
+            if with_loss and learn:
+                error = error - error.detach() / 2  # both terms have the same value, which counts once
+        if not with_loss and topk is None:
+            error = torch.zeros_like(error)
+        if update or statistics:
+            followed = self._followed(rows)
+            if counts is None:
+                first = indices if topk is None else indices[..., 0]
+                counts, sums = self.code_statistics(followed, first, self.codebook_size, heads=True)
+            if update:
+                self.step_(followed, indices, counts, sums, ema_update=ema_update, weight=weight, accumulate=accumulate)
+        return Quantization(quantized, indices, error, counts, rows, codes)
+
+    def search_codes(self, freeze: bool = False, copy: bool = False) -> Tensor:
+        """The codes [C, K, D] as rows meet them, without a gradient if frozen; or a copy, which updates leave alone."""
+        codes = own_copy(self.embed) if copy else self.embed
+        if self.vq_bridge is not None:
+            codes = self.vq_bridge(codes)
+            if codes.shape != self.embed.shape:
+                raise ValueError(
+                    f"vq_bridge: expected codes of shape {list(self.embed.shape)}, got {list(codes.shape)}"
+                )
+        if self.affine_param:
+            codes = to_batch(self, codes)
+        return codes.detach() if freeze else codes
+
+    def _followed(self, rows: Tensor) -> Tensor:
+        """Rows [C, M, D] as the codes follow them."""
+        return to_codebook(self, rows.detach()) if self.affine_param else rows
 
     @torch.no_grad()
     def init_embed_(self, rows: Tensor, mask: Tensor | None = None) -> None:
@@ -166,10 +209,13 @@ class Codebook(nn.Module):
 
         The first call with rows decides: if none of them is valid, codes stay as random as they are.
         """
-        if not self._may_need_init or rows.shape[1] == 0:
+        if self._may_need_init and self.sync_codebook:
+            # A state may have come from another process, and all of them have to decide alike.
+            self._may_need_init = not bool(self.initted)
+        if not self._may_need_init or (rows.shape[1] == 0 and not self.sync_codebook):
             return
         self._may_need_init = False
-        means, counts, possible = self._kmeans(rows, mask)
+        means, counts, possible = kmeans(self, rows, mask)
         # An empty cluster keeps its centre with the weight of one row: without any, it would decay to the zero vector.
         cluster_size = counts.clamp(min=1).to(torch.float32)
         use = possible & ~self.initted
@@ -178,106 +224,26 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(use, means * cluster_size.unsqueeze(-1), self.embed_avg))
         self.embed.copy_(torch.where(use, means, self.embed))
         self.initted.logical_or_(possible.any())
-
-    def _kmeans(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Centres [C, K, D], their counts [C, K], and whether there was a row to start from, bool [C, 1]."""
-        num_codes = self.codebook_size
-        valid = self._valid(rows, mask)
-        positions, _ = choose_randomly(valid, min(num_codes, rows.shape[1]))
-        num_valid = valid.sum(-1, keepdim=True)
-        # Where there are fewer valid rows than codes, the rows start over.
-        turns = torch.arange(num_codes, device=rows.device) % num_valid.clamp(min=1)
-        means = gather_rows(rows, positions.gather(1, turns)).to(torch.float32)
-        counts = torch.zeros_like(turns)
-        for _ in range(self.kmeans_iters):
-            indices = self.nearest_code(rows, means, metric=self.metric, mask=mask)
-            counts, sums = self.code_statistics(rows, indices, num_codes, heads=True)
-            centres = sums / counts.clamp(min=1).unsqueeze(-1)
-            if self.use_cosine_sim:
-                centres = normalize(centres)
-            means = torch.where(counts.unsqueeze(-1) > 0, centres, means)
-        return means, counts, num_valid > 0
-
-    def _valid(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """Whether the search takes a row, bool [C, M]: a single zero vector is the nearest code of every valid row."""
-        zeros = torch.zeros(rows.shape[0], 1, rows.shape[-1], device=rows.device, dtype=torch.float32)
-        return self.nearest_code(rows, zeros, mask=mask) >= 0
+        if self.sync_codebook and not self.sync_kmeans:
+            synchronization.broadcast_state(self)
 
     @torch.no_grad()
     def update_indices(self, rows: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Updates the codes with rows [C, M, D] and the codes [C, M] that they are to count for, -1 for none."""
         if not self.ema_update and not self.replaces_dead_codes:
             return
-        if self.use_cosine_sim:
-            rows = normalize(rows)
-        indices = torch.where(self._valid(rows, mask), indices, -1)
+        rows = self._followed(self.transform_input(rows))
+        self.begin_step_()
+        indices = torch.where(self.valid_rows(rows, mask), indices, -1)
         counts, sums = self.code_statistics(rows, indices, self.codebook_size, heads=True)
-        self._update(rows, indices, counts, sums, self.ema_update)
+        self.step_(rows, indices, counts, sums, ema_update=self.ema_update)
 
-    @torch.no_grad()
-    def _update(self, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, ema_update: bool) -> None:
-        if ema_update and not self.manual_ema_update:
-            self._move(counts, sums, self.decay)
-        else:
-            self.cluster_size.lerp_(counts.to(torch.float32), 1 - self.decay)
-            self.embed_avg.lerp_(sums.to(torch.float32), 1 - self.decay)
-        self._replace_dead_codes(rows, indices >= 0)
-
-    def _move(self, counts: Tensor, sums: Tensor, decay: float) -> None:
-        self.ema_update_(self.embed, self.cluster_size, self.embed_avg, counts, sums, decay=decay, eps=self.eps)
-        if self.use_cosine_sim:
-            self.embed.copy_(normalize(self.embed))
-
-    @torch.no_grad()
-    def update_ema(self) -> None:
-        """Lets the codes follow their statistics as they are; what manual_ema_update leaves to the caller."""
-        counts = torch.zeros_like(self.cluster_size, dtype=torch.int64)
-        self._move(counts, torch.zeros_like(self.embed_avg), decay=1.0)
-
-    @torch.no_grad()
     def expire_codes_(self, rows: Tensor) -> None:
         """In training, replaces codes whose cluster size is below the threshold by distinct random valid rows."""
-        if self.use_cosine_sim:
-            rows = normalize(rows)
-        self._replace_dead_codes(rows, self._valid(rows, None))
-
-    def _replace_dead_codes(self, rows: Tensor, valid: Tensor) -> None:
-        if not self.training or not self.replaces_dead_codes:
-            return
-        num = min(self.codebook_size, rows.shape[1])
-        codes, dead = choose_randomly(self.cluster_size < self.threshold_ema_dead_code, num)
-        positions, usable = choose_randomly(valid, num)
-        # Where either runs out, a code is written back as it was.
-        replaced = dead & usable
-        size = torch.where(replaced, float(self.threshold_ema_dead_code), self.cluster_size.gather(1, codes))
-        new = gather_rows(rows, positions).to(torch.float32)
-        replaced, target = replaced.unsqueeze(-1), codes.unsqueeze(-1).expand_as(new)
-        average = torch.where(replaced, new * self.threshold_ema_dead_code, gather_rows(self.embed_avg, codes))
-        new = torch.where(replaced, new, gather_rows(self.embed, codes))
-        self.cluster_size.scatter_(1, codes, size)
-        self.embed_avg.scatter_(1, target, average)
-        self.embed.scatter_(1, target, new)
-
-    @torch.no_grad()
-    def set_codes_(self, codes: Tensor) -> None:
-        """Takes codes [C, K, D] as they are, with statistics that make them the moving average."""
-        self.embed.copy_(codes)
-        self.embed_avg.copy_(self.embed * self.cluster_size.unsqueeze(-1))
-        self.initted.fill_(True)
-        self._may_need_init = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        super().expire_codes_(self._followed(rows))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Low-precision states are widened here, so that load_state_dict(assign=True) keeps float32 too.
-        state_dict = {
-            key: value.float() if key.startswith(prefix) and value.is_floating_point() else value
-            for key, value in state_dict.items()
-        }
+        if self.affine_param:
+            for name in ("batch_mean", "batch_variance"):
+                setattr(self, name, torch.empty_like(self.codebook_mean) if prefix + name in state_dict else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._may_need_init = self.initted.is_meta or not bool(self.initted)
