@@ -1,10 +1,10 @@
-"""The command line, `python -m vqkernels`: `info` and `demo`."""
+"""The command line, `python -m vqkernels`: `info`, `demo` and `encode`."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from vqkernels.cli import demo, info
+from vqkernels.cli import demo, encode, info
 
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -50,7 +50,21 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--codes", type=_integer(2), default=512, help="codes in the codebook")
     command.add_argument("--seed", type=_integer(0, 2**31 - 1), default=0, help="of weights, batches and revived codes")
     command.add_argument("--threads", type=_integer(0, 1024), default=0, help="CPU threads; 0: torch's choice")
-    command.add_argument("--out", default="demo", help="folder for demo.png and metrics.json")
+    command.add_argument("--out", default="demo", help="folder for demo.png, metrics.json and model.pt")
+
+    command = commands.add_parser(
+        "encode",
+        help="replace a folder of images or audio by its codes; under torchrun with several processes",
+        description=encode.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=encode.run)
+    command.add_argument("--data", required=True, help="folder of images, or of audio: .wav, .npy or .npz")
+    command.add_argument("--out", required=True, help="folder for the codes; what it holds of this model is kept")
+    command.add_argument("--model", help="file written by the demo or by vqkernels.models.save_checkpoint")
+    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: cuda where there is one")
+    command.add_argument("--threads", type=_integer(0, 1024), default=0, help="CPU threads; 0: torch's choice")
+    command.add_argument("--overwrite", action="store_true", help="encode everything again, also for another model")
     return parser
 
 
@@ -58,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, or 130 where the user interrupted.
+        The exit code: 0, 1 where `encode` could not read a file, or 130 where the user interrupted.
 
     Raises:
         SystemExit: with 2 for bad arguments, with a message (exit code 1) where the command cannot run.
@@ -66,10 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except argparse.ArgumentError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: nothing more is written", file=sys.stderr)
         return 130
-    return 0

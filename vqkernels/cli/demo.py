@@ -15,12 +15,13 @@ from torch import Tensor
 import vqkernels
 from vqkernels import _C
 from vqkernels.cli import _measure, _twins
+from vqkernels.models import save_checkpoint
 
 FEWEST_IMAGES, MOST_IMAGES = 60, 1797
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, compares, writes demo.png and metrics.json, and prints a table.
+    """Trains, compares, writes demo.png, metrics.json and model.pt, the fused model, and prints a table.
 
     Raises:
         argparse.ArgumentError: the device or the output folder cannot be used.
@@ -55,18 +56,22 @@ def run(arguments: argparse.Namespace) -> None:
         **_measure.measure(twins, history, training, held_out, batch_size=arguments.batch_size, seed=arguments.seed),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    save_checkpoint(twins["fused"], folder / "model.pt")
     _figure.draw(folder / "demo.png", twins, training, held_out, metrics)
     _report.print_table(metrics)
-    print(f"{folder / 'demo.png'} and {folder / 'metrics.json'} written; {time.perf_counter() - start:.0f} s in all")
+    names = ", ".join(str(folder / name) for name in ("demo.png", "metrics.json", "model.pt"))
+    print(f"{names} written; {time.perf_counter() - start:.0f} s in all")
 
 
-def require(*packages: str) -> None:
-    """Imports packages of the extra "demo"."""
+def require(*packages: str, command: str = "demo") -> None:
+    """Imports packages of the extra that has the command's name."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise SystemExit(f'the demo needs {package} ({error}): pip install "vqkernels[demo]"') from None
+            name = "pillow" if package == "PIL" else package
+            message = f'the {command} needs {name} ({error}): pip install "vqkernels[{command}]"'
+            raise SystemExit(message) from None
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
-"""The VQ-VAE of van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937), for images."""
+"""The VQ-VAE of van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937)."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,28 +18,36 @@ class VQVAEOutput(NamedTuple):
     indices: Tensor
 
 
-class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), [B, C, H, W] to the same shape."""
+CONVOLUTIONS: dict[int, tuple[type[nn.Module], type[nn.Module]]] = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+}
 
-    def __init__(self, channels: int, hidden_channels: int) -> None:
+
+class ResidualBlock(nn.Module):
+    """x + conv1(relu(conv3(relu(x)))) with kernels of width 3 and 1, [B, C, ...] to the same shape."""
+
+    def __init__(self, channels: int, hidden_channels: int, conv: Callable[..., nn.Module] = nn.Conv2d) -> None:
         super().__init__()
         self.block = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(channels, hidden_channels, 3, padding=1, bias=False),
+            conv(channels, hidden_channels, 3, padding=1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(hidden_channels, channels, 1, bias=False),
+            conv(hidden_channels, channels, 1, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)
 
 
-def _residual_stack(layers: int, channels: int, hidden_channels: int) -> list[nn.Module]:
-    return [*(ResidualBlock(channels, hidden_channels) for _ in range(layers)), nn.ReLU()]
+def _residual_stack(
+    layers: int, channels: int, hidden_channels: int, conv: Callable[..., nn.Module]
+) -> list[nn.Module]:
+    return [*(ResidualBlock(channels, hidden_channels, conv) for _ in range(layers)), nn.ReLU()]
 
 
 class VQVAE(nn.Module):
-    """A convolutional VQ-VAE: an image becomes a small map of codes, and an image again.
+    """A convolutional VQ-VAE: an image or a signal becomes a small map of codes, and an image or a signal again.
 
     The defaults are the published ones for 32x32 colour images, with EMA codebook and straight-through gradient. With
     `quantizer=vqkernels.nn.VectorQuantize` the same model, with the same state_dict, runs on the fused kernels.
@@ -53,11 +62,16 @@ class VQVAE(nn.Module):
         codebook_dim: dimension D of a code and channels of the latent map.
         commitment_weight: weight of the loss that draws latents to their codes.
         decay: of the moving averages that the codebook is made of.
+        dimensions: 2 for images [B, C, H, W], 1 for signals [B, C, T], of which a code stands for 2^downsamplings
+            samples. Below, H, W then is T and h, w is t.
         quantizer: class of the quantizer.
         quantizer_options: further arguments of the quantizer.
 
+    Attributes:
+        config: the arguments but `quantizer`, from which, with the state_dict, the model can be built again.
+
     Raises:
-        ValueError: a size is too small.
+        ValueError: a size is too small, or dimensions is neither 1 nor 2.
     """
 
     def __init__(
@@ -71,6 +85,7 @@ class VQVAE(nn.Module):
         codebook_dim: int = 64,
         commitment_weight: float = 0.25,
         decay: float = 0.99,
+        dimensions: int = 2,
         quantizer: type[reference.VectorQuantize] = reference.VectorQuantize,
         **quantizer_options: Any,
     ) -> None:
@@ -86,20 +101,37 @@ class VQVAE(nn.Module):
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if dimensions not in CONVOLUTIONS:
+            raise ValueError(f"dimensions: expected 1 or 2, got {dimensions}")
+        self.config = {
+            "in_channels": in_channels,
+            "hidden_channels": hidden_channels,
+            "residual_layers": residual_layers,
+            "residual_channels": residual_channels,
+            "downsamplings": downsamplings,
+            "codebook_size": codebook_size,
+            "codebook_dim": codebook_dim,
+            "commitment_weight": commitment_weight,
+            "decay": decay,
+            "dimensions": dimensions,
+            **quantizer_options,
+        }
         self.in_channels = in_channels
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
+        self.dimensions = dimensions
         self.stride = 2**downsamplings
 
+        conv, transposed_conv = CONVOLUTIONS[dimensions]
         widths = [in_channels, *[hidden_channels // 2] * (downsamplings - 1), hidden_channels]
         down: list[nn.Module] = []
         for width, next_width in pairwise(widths):
-            down += [nn.Conv2d(width, next_width, 4, stride=2, padding=1), nn.ReLU()]
+            down += [conv(width, next_width, 4, stride=2, padding=1), nn.ReLU()]
         self.encoder = nn.Sequential(
             *down,
-            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
-            *_residual_stack(residual_layers, hidden_channels, residual_channels),
-            nn.Conv2d(hidden_channels, codebook_dim, 1),
+            conv(hidden_channels, hidden_channels, 3, padding=1),
+            *_residual_stack(residual_layers, hidden_channels, residual_channels, conv),
+            conv(hidden_channels, codebook_dim, 1),
         )
         self.quantizer = quantizer(
             dim=codebook_dim,
@@ -107,15 +139,16 @@ class VQVAE(nn.Module):
             decay=decay,
             commitment_weight=commitment_weight,
             rotation_trick=False,
-            accept_image_fmap=True,
+            accept_image_fmap=dimensions == 2,
+            channel_last=False,
             **quantizer_options,
         )
         up: list[nn.Module] = []
         for width, next_width in pairwise(reversed(widths)):
-            up += [nn.ConvTranspose2d(width, next_width, 4, stride=2, padding=1), nn.ReLU()]
+            up += [transposed_conv(width, next_width, 4, stride=2, padding=1), nn.ReLU()]
         self.decoder = nn.Sequential(
-            nn.Conv2d(codebook_dim, hidden_channels, 3, padding=1),
-            *_residual_stack(residual_layers, hidden_channels, residual_channels),
+            conv(codebook_dim, hidden_channels, 3, padding=1),
+            *_residual_stack(residual_layers, hidden_channels, residual_channels, conv),
             *up[:-1],
         )
 
@@ -125,10 +158,15 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: the channels are not `in_channels`, or a side is not a positive multiple of `stride`.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected images of shape [B, {self.in_channels}, H, W], got {list(x.shape)}")
-        if min(x.shape[2:]) < self.stride or x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"x: expected height and width to be multiples of {self.stride}, got {list(x.shape[2:])}")
+        sides = x.shape[2:]
+        if len(sides) != self.dimensions or x.shape[1] != self.in_channels:
+            expected = f"images of shape [B, {self.in_channels}, H, W]"
+            if self.dimensions == 1:
+                expected = f"signals of shape [B, {self.in_channels}, T]"
+            raise ValueError(f"x: expected {expected}, got {list(x.shape)}")
+        if any(side < self.stride or side % self.stride for side in sides):
+            what = "length to be a multiple" if self.dimensions == 1 else "height and width to be multiples"
+            raise ValueError(f"x: expected {what} of {self.stride}, got {list(sides)}")
         return self.encoder(x)
 
     @torch.no_grad()
@@ -142,9 +180,10 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: it has another shape.
         """
-        if quantized.ndim != 4 or quantized.shape[1] != self.codebook_dim:
+        if quantized.ndim != self.dimensions + 2 or quantized.shape[1] != self.codebook_dim:
+            sides = "h, w" if self.dimensions == 2 else "t"
             raise ValueError(
-                f"quantized: expected a map of shape [B, {self.codebook_dim}, h, w], got {list(quantized.shape)}"
+                f"quantized: expected a map of shape [B, {self.codebook_dim}, {sides}], got {list(quantized.shape)}"
             )
         return self.decoder(quantized)
 
@@ -154,8 +193,9 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: it has another shape.
         """
-        if indices.ndim != 3:
-            raise ValueError(f"indices: expected shape [B, h, w], got {list(indices.shape)}")
+        if indices.ndim != self.dimensions + 1:
+            sides = "h, w" if self.dimensions == 2 else "t"
+            raise ValueError(f"indices: expected shape [B, {sides}], got {list(indices.shape)}")
         return self.decode(self.quantizer.get_output_from_indices(indices))
 
     def reconstruct(self, x: Tensor) -> Tensor:

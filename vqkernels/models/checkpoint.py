@@ -1,0 +1,65 @@
+"""Models in files: the arguments and the state_dict, read without running code of the file."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqkernels import nn
+from vqkernels.models.vqvae import VQVAE
+
+FORMAT = "vqkernels.models.VQVAE"
+
+# What torch raises for a file that is no checkpoint, and the model for one of another model.
+UNREADABLE = (
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def save_checkpoint(model: VQVAE, path: str | os.PathLike[str]) -> None:
+    """Writes a model to a file, which appears when it is complete."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    torch.save({"format": FORMAT, "config": model.config, "state_dict": model.state_dict()}, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    quantizer: type[nn.VectorQuantize] = nn.VectorQuantize,
+) -> VQVAE:
+    """The model of a file that `save_checkpoint` has written, in evaluation mode.
+
+    Args:
+        path: of the file.
+        device: for the model.
+        quantizer: class of its quantizer.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it holds something else.
+    """
+    file = io.BytesIO(Path(path).read_bytes())
+    try:
+        content: Any = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("no such record")
+        model = VQVAE(**content["config"], quantizer=quantizer)
+        model.load_state_dict(content["state_dict"])
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"{path}: expected a checkpoint of {FORMAT}, got something else ({reason[0]})") from error
+    return model.to(device).eval()
