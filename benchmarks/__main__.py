@@ -16,6 +16,8 @@ from benchmarks import (
     bench_code_statistics,
     bench_ema_update,
     bench_nearest_code,
+    bench_residual_quantize,
+    bench_residual_vq,
     bench_vector_quantize,
     memory,
     report,
@@ -26,7 +28,14 @@ from benchmarks.pedantic import available
 
 OPERATIONS = {
     module.operation.name: module.operation
-    for module in (bench_nearest_code, bench_vector_quantize, bench_code_statistics, bench_ema_update)
+    for module in (
+        bench_nearest_code,
+        bench_vector_quantize,
+        bench_residual_quantize,
+        bench_residual_vq,
+        bench_code_statistics,
+        bench_ema_update,
+    )
 }
 
 
@@ -37,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--shape",
         action="append",
         metavar="TEXT",
-        help='only cases whose name, size or group contains TEXT (repeatable); "N,K,D" measures that size instead',
+        help='only cases whose name, size or group contains TEXT (repeatable); "N,K,D[,Q]" measures that size instead',
     )
     parser.add_argument(
         "--provider", action="append", metavar="TEXT", help="only peers whose name contains TEXT (repeatable)"

@@ -8,16 +8,17 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """`rows` vectors of `dim` against a codebook of `codes`; `group` says what the case is there to show."""
+    """`rows` vectors of `dim` against `levels` codebooks of `codes`; `group` says what the case is there to show."""
 
     name: str
     group: str
     rows: int
     codes: int
     dim: int
+    levels: int = 1
 
     def __str__(self) -> str:
-        size = f"{self.rows}x{self.codes}x{self.dim}"
+        size = f"{self.rows}x{self.codes}x{self.dim}" + (f", {self.levels} levels" if self.levels > 1 else "")
         return f"{self.name} {size}" if self.name else size
 
     def smaller(self) -> "Case":
@@ -33,9 +34,9 @@ class Case(NamedTuple):
 
 
 def parse_case(text: str) -> Case | None:
-    """The case that "N,K,D" describes; None where the text is none."""
-    match = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
-    return Case("", "own", *map(int, match.groups())) if match else None
+    """The case that "N,K,D" or "N,K,D,Q" describes; None where the text is none."""
+    match = re.fullmatch(r"\d+(,\d+){2,3}", text)
+    return Case("", "own", *map(int, text.split(","))) if match else None
 
 
 PUBLISHED = [
@@ -55,3 +56,9 @@ SEARCH = [*PUBLISHED, *LARGE_CODEBOOK, *FEW_ROWS, *MORE_CODES, *MORE_ROWS]
 TRAINING = [PUBLISHED[0], PUBLISHED[1], Case("VQGAN-16k", "published", 4096, 16384, 256), PUBLISHED[3]]
 STATISTICS = [*TRAINING, PUBLISHED[4]]
 CODEBOOKS = [*TRAINING, PUBLISHED[5]]
+RESIDUAL = [
+    Case("EnCodec", "published", 24000, 1024, 128, 8),
+    Case("DAC", "published", 24000, 1024, 8, 9),
+    Case("RQ-VAE", "published", 8192, 16384, 256, 4),
+]
+RESIDUAL_TRAINING = [Case("EnCodec", "published", 8192, 1024, 128, 8), Case("DAC", "published", 8192, 1024, 8, 9)]

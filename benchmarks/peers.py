@@ -287,3 +287,98 @@ def step_vector_quantize_pytorch(z: Tensor, codebook: Tensor, gradient: Tensor) 
     upstream = _import("vector_quantize_pytorch", "vector-quantize-pytorch")
     _require_memory(_score_bytes(z, codebook, 6), z.device)
     return _layer_step(_layer(upstream.VectorQuantize, codebook), z, gradient)
+
+
+# residual_quantize: z [N, D], codebooks [Q, K, D] -> quantized [N, D], indices [N, Q]
+
+
+def residual_vqkernels(z: Tensor, codebooks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: vqkernels.residual_quantize(z, codebooks)[:2]
+
+
+def residual_vqkernels_levels(z: Tensor, codebooks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """One call a level."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        residual, quantized, indices = z, torch.zeros_like(z), []
+        for codes in codebooks:
+            result = vqkernels.vector_quantize(residual, codes)
+            residual, quantized = residual - result.quantized, quantized + result.quantized
+            indices.append(result.indices)
+        return quantized, torch.stack(indices, 1)
+
+    return run
+
+
+def _residual_addmm(z: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    residual, quantized, indices = z, torch.zeros_like(z), []
+    for codes in codebooks:
+        indices.append(_addmm_argmax(residual, codes))
+        chosen = F.embedding(indices[-1], codes)
+        residual, quantized = residual - chosen, quantized + chosen
+    return quantized, torch.stack(indices, 1)
+
+
+def residual_addmm(z: Tensor, codebooks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    _require_memory(_score_bytes(z, codebooks[0], 1), z.device)
+    return lambda: _residual_addmm(z, codebooks)
+
+
+def residual_compiled(z: Tensor, codebooks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    _require_memory(_score_bytes(z, codebooks[0], 1), z.device)
+    quantize = _compiled(_residual_addmm)
+    return lambda: quantize(z, codebooks)
+
+
+def residual_vector_quantize_pytorch(z: Tensor, codebooks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    upstream = _import("vector_quantize_pytorch", "vector-quantize-pytorch")
+    _require_memory(_score_bytes(z, codebooks[0], 3), z.device)
+    levels, codes, dim = codebooks.shape
+    layer = upstream.ResidualVQ(dim=dim, num_quantizers=levels, codebook_size=codes).to(z.device).eval()
+    state = layer.state_dict()
+    for level, codebook in enumerate(codebooks):
+        state[f"layers.{level}._codebook.embed"].copy_(codebook[None])
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, Tensor]:
+        quantized, indices, _ = layer(z[None])
+        return quantized[0], indices[0]
+
+    return run
+
+
+# residual_vq: z [N, D], codebooks [Q, K, D], gradient of quantized [N, D] -> a training step of the layer
+
+
+def _residual_step(
+    layer_class: Callable[..., torch.nn.Module], z: Tensor, codebooks: Tensor, gradient: Tensor
+) -> Callable[[], Step]:
+    levels, codes, dim = codebooks.shape
+    options = {"num_quantizers": levels, "codebook_size": codes, "decay": DECAY, "eps": EPS, "rotation_trick": False}
+    layer = layer_class(dim=dim, **options).to(z.device)
+    state = layer.state_dict()
+    for level, codebook in enumerate(codebooks):
+        for name, value in zip(("embed", "cluster_size", "embed_avg"), CodebookState.start(codebook), strict=True):
+            state[f"layers.{level}._codebook.{name}"].copy_(value[None])
+
+    def run() -> Step:
+        rows = z[None].detach().requires_grad_()
+        quantized, indices, losses = layer(rows)
+        torch.autograd.backward([quantized, losses.sum()], [gradient[None], None])
+        state = layer.state_dict()
+        moved = torch.stack([state[f"layers.{level}._codebook.embed"][0] for level in range(levels)])
+        return Step(indices[0], losses.detach().sum(), rows.grad[0], moved)
+
+    return run
+
+
+def residual_step_vqkernels(z: Tensor, codebooks: Tensor, gradient: Tensor) -> Callable[[], Step]:
+    from vqkernels.nn import ResidualVQ
+
+    return _residual_step(ResidualVQ, z, codebooks, gradient)
+
+
+def residual_step_vector_quantize_pytorch(z: Tensor, codebooks: Tensor, gradient: Tensor) -> Callable[[], Step]:
+    upstream = _import("vector_quantize_pytorch", "vector-quantize-pytorch")
+    _require_memory(_score_bytes(z, codebooks[0], 3 * len(codebooks)), z.device)
+    return _residual_step(upstream.ResidualVQ, z, codebooks, gradient)

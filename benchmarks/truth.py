@@ -50,6 +50,39 @@ def check_search(z: Tensor, codebook: Tensor) -> Check:
     return check
 
 
+def check_residual(z: Tensor, codebooks: Tensor) -> Check:
+    def check(result: tuple[Tensor, Tensor]) -> dict[str, float]:
+        quantized, indices = result
+        # Every level is judged by what the provider's own codes have left for it; the worst level counts.
+        residual, total, levels = z, z.double() * 0, []
+        for level, codes in enumerate(codebooks):
+            levels.append(check_search(residual, codes)(indices[:, level]))
+            chosen = codes[indices[:, level]]
+            residual, total = residual - chosen, total + chosen.double()
+        worst = {name: max(figures[name] for figures in levels) for name in levels[0]}
+        return worst | {"error": _error((quantized, total))}
+
+    return check
+
+
+def check_residual_step(z: Tensor, codebooks: Tensor, gradient: Tensor) -> Check:
+    search = check_residual(z, codebooks)
+
+    def check(step: Step) -> dict[str, float]:
+        residual, loss, grad_z, moved = z, 0.0, len(codebooks) * gradient.double(), []
+        for codes, indices in zip(codebooks, step.indices.unbind(1), strict=True):
+            difference = residual.double() - codes[indices].double()
+            loss = loss + difference.square().mean()
+            grad_z = grad_z + difference * (2 / difference.numel())
+            moved.append(_ema(codes, *_statistics(residual, indices, codes.shape[0])))
+            residual = residual - codes[indices]
+        figures = search((z - residual, step.indices))
+        figures["error"] = _error((step.loss, loss), (step.grad_z, grad_z), (step.codebook, torch.stack(moved)))
+        return figures
+
+    return check
+
+
 def check_statistics(z: Tensor, indices: Tensor, num_codes: int) -> Check:
     counts, sums = _statistics(z, indices, num_codes)
 
