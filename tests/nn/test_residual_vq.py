@@ -1,6 +1,7 @@
 """The residual layers against vector-quantize-pytorch and a plain loop in float64, and what goes beyond upstream."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_signatures_agree(name):
         expected = {key: p.default for key, p in theirs.items() if key not in ("mlp_kwargs", "indices")}
         assert [key for key in ours if key in theirs] == list(theirs)
         assert {key: ours[key].default for key in expected} == expected
-        assert set(ours) - set(theirs) <= {"num_levels"}
+        assert set(ours) - set(theirs) <= {"num_levels", "return_statistics"}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -315,6 +316,22 @@ def test_dead_codes_become_residuals(shared):
     codes = layer.layers[1]._codebook.embed[0, 1:]
     assert (codes[:, None] == residuals).all(-1).any(-1).all()
     assert len(codes.unique(dim=0)) == len(codes)
+
+
+@pytest.mark.parametrize("sizes", [CODES, (16, 8, 8, 12)])
+def test_usage_of_the_codes(sizes):
+    layer = nn.ResidualVQ(dim=DIM, codebook_size=sizes, num_quantizers=LEVELS, quantize_dropout=True)
+    mask = torch.rand(2, 50) < 0.7
+    _, indices, _, usage = layer(torch.randn(2, 50, DIM), mask=mask, num_levels=3, return_statistics=True)
+    for level, size in enumerate(layer.codebook_sizes):
+        counts, perplexity, share = usage[level] if isinstance(sizes, tuple) else [part[level] for part in usage]
+        chosen = indices[..., level][indices[..., level] >= 0]
+        assert len(chosen) == (mask.sum() if level < 3 else 0)
+        expected = [int((chosen == code).sum()) for code in range(size)]
+        assert counts.tolist() == expected
+        assert share == sum(count > 0 for count in expected) / size
+        shares = [count / max(1, len(chosen)) for count in expected if count]
+        assert perplexity.item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
 
 
 def test_kmeans_makes_every_level_fit_its_residuals():

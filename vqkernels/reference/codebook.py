@@ -134,7 +134,8 @@ class Codebook(CodebookState):
         random = self.training and temperature > 0
         samples = random and self.stochastic_sample_codes
         softens = random and self.straight_through and gradient == "none"
-        counts = sums = None
+        counts: Any = None
+        sums: Any = None
         if samples or softens or topk is not None or transform is not None or gradient == "directional":
             wide = torch.promote_types(rows.dtype, codes.dtype)
             codes = codes.to(wide) if transform is None else self.transform_input(transform(codes)).to(wide)

@@ -366,8 +366,9 @@ class CodebookState(nn.Module):
         super()._apply(keep_dtype, recurse)
         if self._accumulated is not None:
             device = self.embed.device
-            moved = (t.to(device) if isinstance(t, Tensor) else t for t in self._accumulated)
-            self._accumulated = CodeUpdate(*moved)
+            counts, sums, candidates, usable, *_ = self._accumulated
+            candidates, usable = (t if t is None else t.to(device) for t in (candidates, usable))
+            self._accumulated = CodeUpdate(counts.to(device), sums.to(device), candidates, usable)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

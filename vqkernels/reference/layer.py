@@ -19,13 +19,15 @@ class VectorQuantize(LayerState):
     """Replaces vectors by their nearest code, and trains the codes.
 
     Interface, defaults, results and state_dict are those of `VectorQuantize` in vector-quantize-pytorch 1.32. Beyond
-    it: no step waits for the device or breaks a graph of torch.compile (an in-place optimizer excepted); the codebook
-    is float32 under any dtype of the module and under autocast; a row with NaN or Inf gets index -1 and is NaN, and no
-    other row, loss or code notices; nothing of size rows x codes is stored, except what codebook_transform_fn returns;
-    in distributed training all codebooks share one collective. Where upstream is at odds with itself, this layer
-    differs:
+    it: no step waits for the device or breaks a graph of torch.compile (except by an in-place optimizer, or where the
+    codebook is synchronised or reproducible); the codebook is float32 under any dtype of the module and under autocast;
+    a row with NaN or Inf gets index -1 and is NaN, and no other row, loss or code notices; nothing of size rows x codes
+    is stored, except what codebook_transform_fn returns; in distributed training all codebooks share one collective.
+    Where upstream is at odds with itself, this layer differs:
 
     - the losses of a masked batch are those of its unmasked rows alone, whatever the options;
+    - gradients of cross entropy, diversity and straight_through are those of the codes in use, which upstream has
+      overwritten by then;
     - after k-means an empty cluster keeps its centre instead of becoming the zero vector;
     - the `codebook` setter also sets the statistics, so that the next EMA step does not undo it;
     - codes and outputs from indices are right for shared heads, channel-first layouts, affine parameters and a bridge,

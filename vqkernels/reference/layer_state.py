@@ -195,9 +195,10 @@ class LayerState(nn.Module):
         if codes.ndim not in (2, 3):
             raise ValueError(f"codes: expected shape [K, D] or [H, K, D], got {list(codes.shape)}")
         size, width = codes.shape[-2:]
-        heads = {"heads": codes.shape[0], "separate_codebook_per_head": True} if codes.ndim == 3 else {}
-        options = {"dim": width * heads.get("heads", 1), **options}
-        layer = cls(codebook_size=size, codebook_dim=width, **heads, **options).to(codes.device)
+        if codes.ndim == 3:
+            options = {"heads": codes.shape[0], "separate_codebook_per_head": True, **options}
+        options = {"dim": width * options.get("heads", 1), **options}
+        layer = cls(codebook_size=size, codebook_dim=width, **options).to(codes.device)
         layer.codebook = layer._codebook.transform_input(codes.detach())
         return layer
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqkernels.reference import _checks
 from vqkernels.reference._modules import FixedDtypeBuffers, channels_last, pass_gradient, project, without_autocast
-from vqkernels.reference.residual import is_distributed
+from vqkernels.reference.synchronization import is_distributed
 
 # Probabilities of so many pairs of row and code exist at a time; 64 MiB in float32.
 PAIRS_AT_A_TIME = 2**24

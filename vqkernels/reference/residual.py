@@ -1,6 +1,7 @@
 """What residual layers share: quantize dropout, the walk through the levels, codes of indices, groups of channels."""
 
 import random
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkernels.reference import _checks
+from vqkernels.reference.synchronization import is_distributed
 
 
 def check_quantize_dropout(enabled: bool, num_quantizers: int, cutoff_index: int, multiple_of: int) -> bool:
@@ -26,8 +28,8 @@ def draw_num_levels(
     """How many levels a step of quantize dropout runs: more than cutoff_index, rounded up to a multiple, at most all.
 
     With a seed, Python's generator draws an int, the one of vector-quantize-pytorch; torch.compile makes a graph for
-    every seed. Without, it is an int64 scalar drawn on the device, which the host never sees; all processes of a
-    distributed run get the same.
+    every seed. Without, it is an int64 scalar drawn on the device, which the host never sees. All processes of a
+    distributed run get the same: an int from generators that one broadcast has given a common seed.
     """
     choices = num_quantizers - cutoff_index
     if seed is not None:
@@ -36,19 +38,30 @@ def draw_num_levels(
         return min(-(-levels // multiple_of) * multiple_of, num_quantizers)
     drawn = torch.randint(choices, (), device=device)
     if is_distributed():
+        if not torch.compiler.is_compiling():
+            levels = cutoff_index + 1 + _common_generator(device).randrange(choices)
+            return min(-(-levels // multiple_of) * multiple_of, num_quantizers)
         torch.distributed.all_reduce(drawn)
         drawn = drawn % choices  # as uniform as each of the numbers
     return ((drawn + cutoff_index + multiple_of) // multiple_of * multiple_of).clamp(max=num_quantizers)
 
 
+_common_generators: "weakref.WeakKeyDictionary[object, random.Random]" = weakref.WeakKeyDictionary()
+
+
+def _common_generator(device: torch.device) -> random.Random:
+    """A generator that is in the same state in all processes, as long as they use it equally often."""
+    group = torch.distributed.group.WORLD
+    if group not in _common_generators:
+        seed = torch.randint(2**62, (1,), device=device)
+        torch.distributed.broadcast(seed, 0)
+        _common_generators[group] = random.Random(int(seed))
+    return _common_generators[group]
+
+
 @torch.compiler.assume_constant_result
 def _seeded_choice(seed: int, choices: int) -> int:
     return random.Random(seed).randrange(choices)
-
-
-def is_distributed() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def choose_num_levels(layer: Any, x: Tensor, seed: int | None, num_levels: int | Tensor | None) -> int | Tensor:

@@ -10,6 +10,7 @@ from vqkernels.reference import _checks, residual
 from vqkernels.reference._modules import project, without_autocast
 from vqkernels.reference.implicit_codes import ImplicitCodes
 from vqkernels.reference.layer import VectorQuantize
+from vqkernels.reference.layer_results import CodeUsage, code_usage
 from vqkernels.reference.layouts import Layout
 from vqkernels.reference.residual_levels import quantize_at_once, quantize_by_beams, quantize_by_level
 from vqkernels.reference.residual_quantize import residual_quantize
@@ -183,7 +184,8 @@ class ResidualVQ(nn.Module):
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
         num_levels: int | Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+        return_statistics: bool = False,
+    ) -> tuple[Any, ...]:
         """Quantizes with the codes as they are; in training it then updates them and replaces dead ones.
 
         Args:
@@ -197,12 +199,14 @@ class ResidualVQ(nn.Module):
             rand_quantize_dropout_fixed_seed: of the random number of levels.
             num_levels: how many levels run, instead of a random number: an integer from 1 to Q, or an integer tensor,
                 a scalar or [B], whose values are not checked.
+            return_statistics: also return a `CodeUsage`.
 
         Returns:
             quantized: the shape and dtype of x.
             indices: int64 [..., Q], the shape of x without its channels; -1 where masked, invalid or left out.
             losses: float32 [Q]; 0 in evaluation, except in a beam search.
             codes: with return_all_codes, [Q, ..., D]; see `get_codes_from_indices`.
+            usage: with return_statistics, a first dimension Q in everything, or a tuple of one each where sizes differ.
             With indices: quantized, and the sum of the cross entropies.
 
         Raises:
@@ -248,9 +252,12 @@ class ResidualVQ(nn.Module):
         if indices is not None:
             return quantized, losses.sum()
         codes = codes.reshape(*self.layout.indices_shape(x), self.num_quantizers)
-        if not return_all_codes:
-            return quantized, codes, losses
-        return quantized, codes, losses, self.get_codes_from_indices(codes)
+        results: list[Any] = [quantized, codes, losses]
+        if return_all_codes:
+            results.append(self.get_codes_from_indices(codes))
+        if return_statistics:
+            results.append(self._usage(codes))
+        return tuple(results)
 
     @property
     def levels(self) -> list[VectorQuantize]:
@@ -294,6 +301,15 @@ class ResidualVQ(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` returns as quantized for these indices, but always with channels last."""
         return project(self.project_out, self.get_codes_from_indices(indices).sum(0))
+
+    def _usage(self, indices: Tensor) -> CodeUsage | tuple[CodeUsage, ...]:
+        """How indices [..., Q] use the codes of the levels."""
+        chosen = indices.reshape(-1, self.num_quantizers).mT + 1  # 0: none
+        counts = chosen.new_zeros(self.num_quantizers, max(self.codebook_sizes) + 1)
+        counts = counts.scatter_add(1, chosen, torch.ones_like(chosen))[:, 1:]
+        if self.uniform_codebook_size:
+            return code_usage(counts)
+        return tuple(code_usage(count[:size]) for count, size in zip(counts, self.codebook_sizes, strict=True))
 
     @staticmethod
     def _sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> tuple[int, ...]:

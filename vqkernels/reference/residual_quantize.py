@@ -118,7 +118,7 @@ def levels_of_rows(num_levels: int | Tensor | None, row_shape: torch.Size, devic
     if num_levels is None:
         return None
     if not isinstance(num_levels, Tensor):
-        num_levels = torch.tensor(num_levels, device=device)
+        num_levels = torch.full((), num_levels, device=device)  # unlike torch.tensor, no copy to wait for
     missing = len(row_shape) - num_levels.ndim
     return num_levels.long().reshape(*num_levels.shape, *[1] * missing).expand(row_shape)
 

@@ -1,7 +1,9 @@
-"""Residual quantization of one head in numpy, level by level from `vq_emulation`, bit for bit."""
+"""Inputs of residual quantization, and its emulation for one head in numpy, level by level from `vq_emulation`."""
 
 import numpy as np
+import torch
 import vq_emulation
+from vq_cases import make_inputs, same_bits
 
 
 def residual_quantize(z, codebooks, metric="l2", mask=None, num_levels=None):
@@ -28,3 +30,17 @@ def residual_quantize(z, codebooks, metric="l2", mask=None, num_levels=None):
         mse.append(error)
         valid.append(chosen.sum())
     return quantized, np.stack(indices, 1), np.array(mse, np.float32), np.array(valid), residuals
+
+
+def level_inputs(kind, rows, sizes, dim, dtype=torch.float32, codebook_dtype=None):
+    z = make_inputs(kind, rows, sizes[0], dim)[0].to(dtype)
+    codes = [make_inputs(kind, rows, size, dim, seed=q)[1] * 0.7**q for q, size in enumerate(sizes)]
+    return z, [c.to(codebook_dtype or dtype) for c in codes]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        if isinstance(a, tuple):
+            assert_same(a, b)
+        else:
+            assert (a is None and b is None) or same_bits(a.detach(), b.detach())
