@@ -385,6 +385,22 @@ def test_compiles_to_one_graph(options, training):
         assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{"num_quantizers": 1}, {}, {"codebook_size": (16, 8)}, {"shared_codebook": True}])
+def test_gradients_of_a_compiled_step(options):
+    """The update overwrites codes that the backward pass of the same graph needs."""
+    torch._dynamo.reset()
+    arguments = {"dim": DIM, "codebook_size": CODES, "num_quantizers": 2, **options}
+    layer, twin = nn.ResidualVQ(**arguments), nn.ResidualVQ(**arguments)
+    twin.load_state_dict(layer.state_dict())
+    gradients = []
+    for module in (torch.compile(layer, fullgraph=True), twin):
+        x = torch.randn(2, 20, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        quantized, _, losses = module(x)
+        (quantized.square().sum() + losses.sum()).backward()
+        gradients.append(x.grad)
+    assert_close(*gradients)
+
+
 def test_exports_in_evaluation():
     layer = nn.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3).eval()
     x = torch.randn(2, 20, DIM)

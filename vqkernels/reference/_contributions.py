@@ -11,7 +11,7 @@ from vqkernels.reference import _fixed_point
 from vqkernels.reference._random_rows import gather_rows
 
 if TYPE_CHECKING:
-    from vqkernels.reference.codebook import Codebook, CodeUpdate
+    from vqkernels.reference.codebook_state import CodebookState, CodeUpdate
 
 # Rows that all processes together offer for dead codes, so that what is sent does not grow with the batch.
 MOST_CANDIDATES = 1024
@@ -40,7 +40,7 @@ class Group(NamedTuple):
         return slots
 
 
-def num_candidates(codebook: "Codebook", group: Group) -> int:
+def num_candidates(codebook: "CodebookState", group: Group) -> int:
     """Rows that each process offers for dead codes in a step."""
     most = min(codebook.codebook_size, MOST_CANDIDATES)
     return most if codebook.reproducible else -(-most // group.size)
@@ -49,7 +49,7 @@ def num_candidates(codebook: "Codebook", group: Group) -> int:
 class Contribution:
     """A step of a codebook as one process sees it. Its sums are float32."""
 
-    def __init__(self, codebook: "Codebook", update: "CodeUpdate", group: Group) -> None:
+    def __init__(self, codebook: "CodebookState", update: "CodeUpdate", group: Group) -> None:
         self.codebook = codebook
         self.update = update
         self.group = group
@@ -99,7 +99,7 @@ class ReproducibleContribution(Contribution):
 
     def __init__(
         self,
-        codebook: "Codebook",
+        codebook: "CodebookState",
         update: "CodeUpdate",
         group: Group,
         rows: Tensor | None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.reference import synchronization
+from vqkernels.reference._copies import own_copy
 
 if TYPE_CHECKING:
     from vqkernels.reference.residual_layer import ResidualVQ
@@ -32,9 +33,10 @@ def quantize_at_once(
         else:
             book.finish_pending_()
     learn = first.learnable_codebook and not freeze
-    # Copies, not least because the backward pass reads codes that the update is about to overwrite.
-    codes = [(book.embed if learn else book.embed.detach()).squeeze(0) for book in books]
-    codebooks = torch.stack(codes) if rvq.uniform_codebook_size else [code.clone() for code in codes]
+    codes = [book.embed.squeeze(0) if learn else book.embed.detach().squeeze(0) for book in books]
+    if update and (torch.compiler.is_compiling() or not rvq.uniform_codebook_size):
+        codes = [own_copy(code) for code in codes]  # the backward pass reads what the update overwrites
+    codebooks = torch.stack(codes) if rvq.uniform_codebook_size else codes
     if not rvq.training:
         z = z.detach()
     gradient = "none"

@@ -43,7 +43,7 @@ from vqkernels.reference._contributions import (
 from vqkernels.reference._random_rows import gather_rows
 
 if TYPE_CHECKING:
-    from vqkernels.reference.codebook import Codebook, CodeUpdate
+    from vqkernels.reference.codebook_state import CodebookState, CodeUpdate
 
 SINGLE = Group(None, 0, 1)
 
@@ -54,7 +54,7 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def group_of(codebook: "Codebook") -> Group:
+def group_of(codebook: "CodebookState") -> Group:
     """The processes whose rows a codebook follows.
 
     Raises:
@@ -72,7 +72,7 @@ def group_of(codebook: "Codebook") -> Group:
     return Group(handle, distributed.get_rank(handle), distributed.get_world_size(handle))
 
 
-def candidates_of(codebook: "Codebook") -> int:
+def candidates_of(codebook: "CodebookState") -> int:
     """Rows that this process offers for dead codes in a step."""
     return num_candidates(codebook, group_of(codebook))
 
@@ -96,7 +96,7 @@ class _Flight:
         self.before = _pack(self._buffers())
         self.after: Tensor | None = None
 
-    def concerns(self, codebook: "Codebook") -> bool:
+    def concerns(self, codebook: "CodebookState") -> bool:
         return any(c.codebook is codebook for c in self.contributions)
 
     def apply(self, *, last: bool) -> None:
@@ -155,7 +155,7 @@ class _Channel:
         self.waiting: list[Contribution] = []
         self.flights: list[_Flight] = []
 
-    def begin(self, codebook: "Codebook", group: Group) -> None:
+    def begin(self, codebook: "CodebookState", group: Group) -> None:
         token = _token(codebook)
         # A codebook that comes again begins a step, and so does an unexpected one that has begun a step before.
         unexpected = token not in self.expected and (not self.seen or token in self.steps)
@@ -172,7 +172,7 @@ class _Channel:
         self.waiting.append(contribution)
         self._launch_when_complete(group)
 
-    def skip(self, codebook: "Codebook", group: Group) -> None:
+    def skip(self, codebook: "CodebookState", group: Group) -> None:
         token = _token(codebook)
         self.seen += [token] * max(self.expected.count(token), 1)
         self._launch_when_complete(group)
@@ -183,10 +183,10 @@ class _Channel:
         if last:
             self.flights = [flight for flight in self.flights if flight not in flights]
 
-    def finish(self, codebook: "Codebook") -> None:
+    def finish(self, codebook: "CodebookState") -> None:
         self.apply([flight for flight in self.flights if flight.concerns(codebook)], last=False)
 
-    def drop(self, codebook: "Codebook") -> None:
+    def drop(self, codebook: "CodebookState") -> None:
         for c in [*self.waiting, *[c for flight in self.flights for c in flight.contributions]]:
             c.dropped = c.dropped or c.codebook is codebook
 
@@ -220,12 +220,12 @@ class _Channel:
 
 _channels: "weakref.WeakKeyDictionary[object, _Channel]" = weakref.WeakKeyDictionary()
 # What a codebook is known by. Unlike its id, a token is never given to another one.
-_tokens: "weakref.WeakKeyDictionary[Codebook, object]" = weakref.WeakKeyDictionary()
+_tokens: "weakref.WeakKeyDictionary[CodebookState, object]" = weakref.WeakKeyDictionary()
 # The cluster sizes at the beginning of a step: another one in every step, and the same in all processes.
-_seeds: "weakref.WeakKeyDictionary[Codebook, Tensor]" = weakref.WeakKeyDictionary()
+_seeds: "weakref.WeakKeyDictionary[CodebookState, Tensor]" = weakref.WeakKeyDictionary()
 
 
-def _token(codebook: "Codebook") -> object:
+def _token(codebook: "CodebookState") -> object:
     return _tokens.setdefault(codebook, object())
 
 
@@ -240,7 +240,7 @@ def _unpack(buffer: Tensor, shapes: list[torch.Size]) -> Iterator[Tensor]:
 
 @eager
 @torch.no_grad()
-def begin(codebook: "Codebook") -> None:
+def begin(codebook: "CodebookState") -> None:
     """Brings a codebook up to date for a training step, which `contribute` or `skip` follows in all processes.
 
     Before its first step a codebook gets the state that it has in the first process of the group.
@@ -260,7 +260,7 @@ def begin(codebook: "Codebook") -> None:
 
 @eager
 @torch.no_grad()
-def contribute(codebook: "Codebook", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None) -> None:
+def contribute(codebook: "CodebookState", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None) -> None:
     """Takes a process's part of a step; once all parts are there, calls `codebook.apply_update_` with their sum.
 
     A codebook may contribute several times to a step.
@@ -285,7 +285,7 @@ def contribute(codebook: "Codebook", update: "CodeUpdate", rows: Tensor | None, 
 
 @eager
 @torch.no_grad()
-def skip(codebook: "Codebook") -> None:
+def skip(codebook: "CodebookState") -> None:
     """Instead of `contribute`, in all processes: nobody has to wait for this codebook in this step."""
     group = group_of(codebook)
     if group.handle is not None:
@@ -293,7 +293,7 @@ def skip(codebook: "Codebook") -> None:
 
 
 @eager
-def apply_on_gradient(codebook: "Codebook", x: Tensor) -> None:
+def apply_on_gradient(codebook: "CodebookState", x: Tensor) -> None:
     """Applies what was summed when the backward pass has the gradient of x, which the codebook has quantized."""
     group = group_of(codebook)
     if group.handle is not None and x.requires_grad:
@@ -303,7 +303,7 @@ def apply_on_gradient(codebook: "Codebook", x: Tensor) -> None:
 
 @eager
 @torch.no_grad()
-def total(codebook: "Codebook", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None) -> "CodeUpdate":
+def total(codebook: "CodebookState", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None) -> "CodeUpdate":
     """The sum of the parts of all processes, at once and without applying it; see `contribute`."""
     group = group_of(codebook)
     flight = _Flight([_contribution(codebook, update, rows, indices, group)], group)
@@ -312,28 +312,28 @@ def total(codebook: "Codebook", update: "CodeUpdate", rows: Tensor | None, indic
 
 @eager
 @torch.no_grad()
-def finish(codebook: "Codebook") -> None:
+def finish(codebook: "CodebookState") -> None:
     """Waits for what was summed, and applies it. Launches nothing, so that one process may call it alone."""
     for channel in _channels.values():
         channel.finish(codebook)
 
 
 @eager
-def drop(codebook: "Codebook") -> None:
+def drop(codebook: "CodebookState") -> None:
     """Forgets what a codebook has contributed, as its state is being set by other means."""
     for channel in _channels.values():
         channel.drop(codebook)
 
 
 def _contribution(
-    codebook: "Codebook", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None, group: Group
+    codebook: "CodebookState", update: "CodeUpdate", rows: Tensor | None, indices: Tensor | None, group: Group
 ) -> Contribution:
     if codebook.reproducible:
         return ReproducibleContribution(codebook, update, group, rows, indices, _seeds[codebook])
     return Contribution(codebook, update, group)
 
 
-def broadcast_state(codebook: "Codebook") -> None:
+def broadcast_state(codebook: "CodebookState") -> None:
     """Gives all processes the buffers of the group's first process. Waits for the device."""
     group = group_of(codebook)
     buffers = [codebook.initted, codebook.cluster_size, codebook.embed_avg]
@@ -346,7 +346,7 @@ def broadcast_state(codebook: "Codebook") -> None:
     codebook._may_need_init = not bool(codebook.initted)
 
 
-def draw_rows(codebook: "Codebook", rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def draw_rows(codebook: "CodebookState", rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Draws a distinct valid row of all processes for every code, the same on each; where there are fewer, they repeat.
 
     Args:
@@ -371,7 +371,7 @@ def draw_rows(codebook: "Codebook", rows: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def sum_statistics(
-    codebook: "Codebook", rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor
+    codebook: "CodebookState", rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The statistics of the rows of all processes, at once.
 
