@@ -37,10 +37,10 @@ stage() {
 }
 
 main() {
-  stage build 200 "$python" setup.py build_ext --inplace
+  stage build 230 "$python" setup.py build_ext --inplace
   stage info 30 "$python" -m vqkernels info
-  stage tests 100 "$python" -m pytest -m gpu -p no:cacheprovider tests
-  stage benchmarks 220 "$python" -m benchmarks --device cuda --out "$out"
+  stage tests 120 "$python" -m pytest -m gpu -p no:cacheprovider tests
+  stage benchmarks 210 "$python" -m benchmarks --device cuda --out "$out"
   echo "== summary"
   printf '%s' "$summary"
   return $status

@@ -132,6 +132,7 @@ void quantize_block(const ResidualProblem& p, int64_t head, int64_t begin, int64
       if (!runs[i]) {
         found[i] = -1;
       } else if (found[i] < 0) {
+        found[i] = -1;
         runs[i] = false;
         std::fill_n(sum + i * p.dim, p.dim, std::numeric_limits<T>::quiet_NaN());
       }

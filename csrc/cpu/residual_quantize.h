@@ -6,8 +6,8 @@
 // level that does not run for it, at one that finds no code, and at all levels after that. It quantizes to NaN where a
 // level that should run finds no code, and to zero where no level should run.
 //
-// The gradient with respect to a row is the sum over its levels, in ascending order, of what vector_quantize.h says of
-// r_q, rounded once.
+// The gradient with respect to a row is the sum over the levels where it has a code, in ascending order, of what
+// vector_quantize.h says of r_q, rounded once.
 #pragma once
 
 #include <cstdint>

@@ -58,17 +58,18 @@ inline void residual_backward(const ResidualRows& p, const Z* grad_quantized, Es
     const C* codes = static_cast<const C*>(p.codebooks);
     for (int64_t d = 0; d < p.dim; ++d) residual[d] = widen(z[row * p.dim + d]);
     std::fill_n(total.get(), p.dim, T(0));
-    for (int64_t q = 0; q < p.levels; ++q) {
+    bool is_first = true;
+    for (int64_t q = 0; q < p.levels; codes += p.sizes[q++] * p.dim) {
       const int64_t index = p.indices[row * p.levels + q];
-      if (index < 0) break;
+      if (index < 0) continue;
       const C* c = codes + index * p.dim;
-      T* out = q == 0 ? total.get() : term.get();
+      T* out = is_first ? total.get() : term.get();
       row_gradient(residual.get(), c, g, estimator, p.dim, static_cast<T>(coefficients[q]), out);
-      if (q > 0) {
+      if (!is_first) {
         for (int64_t d = 0; d < p.dim; ++d) total[d] += term[d];
       }
       for (int64_t d = 0; d < p.dim; ++d) residual[d] -= static_cast<T>(widen(c[d]));
-      codes += p.sizes[q] * p.dim;
+      is_first = false;
     }
     for (int64_t d = 0; d < p.dim; ++d) narrow(total[d], grad_z + row * p.dim + d);
   }

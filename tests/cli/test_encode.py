@@ -324,6 +324,11 @@ def test_what_cannot_work_is_said(images, checkpoint, tmp_path, capsys):
         run("--data", tmp_path / "missing", "--model", checkpoint, *out)
     assert raised.value.code == 2
     assert "--data: expected a folder, got" in capsys.readouterr().err
+    for too_high in (folder, tmp_path):
+        with pytest.raises(SystemExit) as raised:
+            run("--data", folder, "--model", checkpoint, "--out", too_high)
+        assert raised.value.code == 2
+        assert "--out: expected a folder that does not contain --data, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "package"), [("numpy", "numpy"), ("rich", "rich"), ("PIL", "pillow")])

@@ -1,6 +1,7 @@
 """Classes without a package: fused where they do what their library does, left alone where they do anything else."""
 
 import copy
+import threading
 
 import lookalikes as like
 import pytest
@@ -8,6 +9,7 @@ import torch
 from agreement import compare, count_ties, leaves, use_fused
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vector_quantize_pytorch import VectorQuantize
 
 from vqkernels import fuse, unfuse
 from vqkernels.fuse import _steps, llamagen, rosinality, simvq, taming, titok, zalandoresearch
@@ -84,6 +86,35 @@ def test_fuse_keeps_state_and_hooks_and_unfuse_restores(recipe, make, inputs):
     unfuse(model)
     assert list(module.__dict__) == list(before)
     assert all(module.__dict__[name] is value for name, value in before.items() if not name.startswith("_ema"))
+
+
+@pytest.mark.parametrize("name", ["a tensor with a history", "a lock", "no values"])
+def test_what_cannot_be_tried_is_left_alone(name):
+    module = like.Taming(61, 8, 0.25)
+    if name == "a tensor with a history":
+        module.last = module(torch.randn(1, 8, 2, 2, requires_grad=True))[0]
+    elif name == "a lock":
+        module.lock = threading.Lock()
+    else:
+        module = module.to("meta")
+    report = fuse(nn.Sequential(module, VectorQuantize(8, 16)), verbose=False)
+    assert [m.name for m in report.fused] == ["1"]
+    (left,) = report.left
+    assert left.reason.startswith("it is not taming's: it cannot be tried: ")
+
+
+@pytest.mark.parametrize(("recipe", "make", "inputs"), MODULES.values(), ids=MODULES)
+def test_quantized_alone_moves_no_code(recipe, make, inputs):
+    """A parameter whose gradient is zeros, not None, is one that an optimiser decays."""
+    original = make()
+    for module in (original, use_fused(original, recipe)):
+        for x in (inputs(), inputs().requires_grad_()):
+            floats = [v for v in leaves(module(x)).values() if isinstance(v, torch.Tensor) and v.numel() == x.numel()]
+            (quantized,) = [v for v in floats if v.is_floating_point()]
+            assert quantized.requires_grad == x.requires_grad
+            if x.requires_grad:
+                quantized.sum().backward()
+        assert all(p.grad is None for p in module.parameters())
 
 
 @pytest.mark.parametrize(("recipe", "make", "inputs"), MODULES.values(), ids=MODULES)

@@ -1,5 +1,6 @@
 """What `fuse` and `unfuse` do to any model: what is found, left alone, reported and restored."""
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ import torch
 from diffusers.models.autoencoders import vae
 from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch import nn
-from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch import SimVQ, VectorQuantize
 
 import vqkernels
 from vqkernels import fuse, unfuse
@@ -194,6 +195,35 @@ def test_a_patched_instance_is_left_alone(replacement):
     assert reason(module) == "forward() of this module has been replaced"
     unfuse(module)
     assert module(torch.randn(1, 8, 2, 2)) == "patched"
+
+
+def test_what_has_wrapped_a_method_gets_the_original_back():
+    """As accelerate wraps forward, and puts back in the end what it found."""
+    layer = VectorQuantize(8, 16).eval()
+    x = torch.randn(2, 5, 8)
+    expected = layer(x)
+    fuse(layer, verbose=False)
+    layer._old_forward = layer.forward
+    layer.forward = functools.partial(lambda module, *args: module._old_forward(*args), layer)
+    unfuse(layer)
+    assert layer._old_forward == types.MethodType(VectorQuantize.forward, layer)
+    for a, b in zip(layer(x), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("make", [lambda: SimVQ(8, 16), lambda: VectorQuantize(8, 16)])
+def test_a_class_that_is_subclassed_after_fuse(make):
+    """As fully_shard and parametrizations do: the files of the new class have none of the names of the old one's."""
+    original = make()
+    fused = copy.deepcopy(original)
+    fuse(fused, verbose=False)
+    for module in list(fused.modules()):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {"__module__": __name__})
+    x = torch.randn(2, 5, 8)
+    for a, b in zip(fused(x), original(x), strict=True):
+        torch.testing.assert_close(a, b)
+    unfuse(fused)
+    assert not any(_recipes.bound_names(module) for module in fused.modules())
 
 
 def test_another_device_is_left_alone():

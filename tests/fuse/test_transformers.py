@@ -16,6 +16,7 @@ from transformers.models.mimi.modeling_mimi import MimiResidualVectorQuantizer, 
 
 from benchmarks.fuse_truth import Replay, count_ties, recorded
 from vqkernels import fuse, unfuse
+from vqkernels.fuse import transformers as transformers_recipes
 
 
 def encodec_stack():
@@ -79,6 +80,19 @@ def test_mimi_levels_at_once():
         x = torch.randn(2, 32, 40)
         for levels in (None, 3):
             assert torch.equal(fused.encode(x, levels), module.encode(x, levels))
+
+
+def test_a_few_rows_go_level_by_level(monkeypatch):
+    """As in streaming, where joining the codebooks would cost more than their search."""
+    stack = encodec_stack()
+    fused = fused_copy(stack)
+    calls = []
+    at_once = transformers_recipes.nearest_levels
+    monkeypatch.setattr(transformers_recipes, "nearest_levels", lambda *args: calls.append(args) or at_once(*args))
+    for rows, expected in ((7, 0), (8, 1)):  # 64 codes
+        x = torch.randn(1, 16, rows)
+        assert torch.equal(fused.encode(x, 1.0), stack.encode(x, 1.0))
+        assert len(calls) == expected
 
 
 def test_a_method_that_is_replaced_after_the_stack_was_fused():

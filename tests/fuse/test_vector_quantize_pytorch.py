@@ -115,6 +115,22 @@ def test_shapes(arguments, shape, training):
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: VectorQuantize(DIM, CODES, heads=2), lambda: ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3)],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch(make, training):
+    layer = make().train(training)
+    fused = copy.deepcopy(layer)
+    fuse(fused, verbose=False)
+    x = torch.randn(0, 5, DIM)
+    for result, expected in zip(fused(x), layer(x), strict=True):
+        torch.testing.assert_close(result, expected, equal_nan=True)
+    for name, value in fused.state_dict().items():
+        torch.testing.assert_close(value, layer.state_dict()[name])
+
+
 def same_without_searches(layer, x, **arguments):
     """A fused layer takes the original's way, and its results."""
     fused = copy.deepcopy(layer)

@@ -63,6 +63,9 @@ def test_nothing_is_trained():
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     for _ in range(3):
         layer.train()(torch.randn(2, 40, 12))
+        for module in layer.modules():
+            module.train()
+        layer(torch.randn(2, 40, 12))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 

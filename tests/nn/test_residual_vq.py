@@ -1,5 +1,6 @@
 """The residual layers against vector-quantize-pytorch and a plain loop in float64, and what goes beyond upstream."""
 
+import copy
 import inspect
 import math
 
@@ -222,6 +223,18 @@ def test_levels_of_a_loop_in_float64(layer_class, dtype):
     assert torch.equal(losses, torch.zeros(LEVELS))
 
 
+@pytest.mark.parametrize("beam_size", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_modules_keep_residuals_in_float32(dtype, beam_size):
+    layer = nn.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=6, use_cosine_sim=True, beam_size=beam_size)
+    narrow = copy.deepcopy(layer).to(dtype).eval()
+    x = torch.randn(2, 200, DIM).to(dtype)
+    quantized, indices, _ = narrow(x)
+    expected, expected_indices, _ = layer.eval()(x.float())
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(quantized, expected.to(dtype))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}], ids=["once", "levels"])
 def test_cross_entropy_of_given_indices(options):
     """Upstream's cannot be called; the distances to every level are those of the residuals of its own codes."""
@@ -442,6 +455,13 @@ def test_groups(options):
     assert_close(layer.get_output_from_indices(indices), upstream.get_output_from_indices(indices))
     mask = torch.rand(3, 40) < 0.5
     assert (layer(x, mask=mask)[1][:, ~mask] == -1).all()
+
+
+def test_groups_with_levels_of_every_sample():
+    layer = nn.GroupedResidualVQ(dim=DIM, groups=2, codebook_size=CODES, num_quantizers=LEVELS).eval()
+    num_levels = torch.tensor([1, 4, 2])
+    _, indices, _ = layer(torch.randn(3, 20, DIM), num_levels=num_levels)
+    assert torch.equal((indices >= 0).sum(-1), num_levels[:, None].expand(2, 3, 20))
 
 
 def test_groups_of_feature_maps():

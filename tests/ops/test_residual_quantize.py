@@ -300,7 +300,7 @@ def test_beam_search_per_row():
 def test_given_codes_are_taken():
     """The operation behind the beam search: codes chosen elsewhere, of which the first -1 ends a row."""
     z, codebooks = torch.randn(1, 4, 8), torch.randn(1, 10, 8)
-    chosen = torch.tensor([[[2, 3], [-1, 3], [5, -1], [0, 0]]])
+    chosen = torch.tensor([[[2, 3], [-9, 3], [5, -1], [0, 0]]])
     quantized, indices, mse, valid_rows = torch.ops.vqkernels.residual_quantize(
         z, codebooks, [6, 4], "l2", None, torch.tensor([[2, 2, 2, 1]]), chosen
     )
@@ -312,3 +312,26 @@ def test_given_codes_are_taken():
     left = z[0, 0] - codebooks[0, 2] - codebooks[0, 9]
     expected = np.float32(vq_emulation.row_dot(left[None].numpy(), left[None].numpy())[0].astype(np.float64) / 8)
     assert mse[0, 1].item() == expected
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "none"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_direct_gradient_goes_on_behind_a_level_without_a_code(level, gradient):
+    """As if the row had not this level; small integers, so that float32 is exact."""
+    g = torch.Generator().manual_seed(0)
+    z, codebooks, grad = (torch.randint(-8, 9, (1, n, 8), generator=g).float() for n in (5, 13, 5))
+    sizes, indices = [6, 4, 3], [[-1, 3, 0], [2, -1, 1], [-7, -1, 2], [5, 0, -1], [-1, -1, -1]]
+    grad_mse = torch.tensor([[16.0, 32.0, 64.0]])
+    expected = torch.zeros_like(z)
+    for row, codes in enumerate(indices):
+        residual = z[0, row]
+        for q, code in enumerate(codes):
+            if code >= 0:
+                residual = residual - codebooks[0, sum(sizes[:q]) + code]
+                expected[0, row] += grad_mse[0, q] * 2 / (4 * 8) * residual
+                expected[0, row] += grad[0, row] if gradient == "straight_through" else 0
+    with cpu_level(level):
+        found = torch.ops.vqkernels.residual_quantize_backward(
+            grad, grad_mse, z, codebooks, sizes, torch.tensor([indices]), torch.full((1, 3), 4), gradient
+        )
+    assert torch.equal(found, expected)

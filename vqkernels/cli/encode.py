@@ -9,7 +9,8 @@ Of every input `NAME` there is an output `NAME.npz` at the same place below the 
 there are ("files": input, output, codes, shape) and which inputs could not be read ("failed": input, reason).
 
 Outputs that are newer than their input are left alone, so that a run goes on where another one ended. A file is encoded
-by itself: its codes do not depend on what else there is, or on the number of processes.
+by itself: its codes do not depend on what else there is, or on the number of processes. They may depend on the device
+and on the number of CPU threads, where the model's convolutions round differently and two codes are equally near.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     with _interruptible(), _processes(processes) as gather:
         if rank == 0:
             _claim(out, description, inputs, arguments.overwrite)
-        gather(None)
+        inputs = gather(inputs)[0]  # the folder may have changed while the processes looked
         failed = _encode(model, data, out, inputs[rank::processes], rank, processes)
         failures = [failure for part in gather(failed) for failure in part]
         if rank > 0:
@@ -83,7 +85,7 @@ def find_inputs(data: Path, out: Path, dimensions: int) -> list[str]:
         dimensions: 2 to look for images, 1 for audio.
 
     Raises:
-        argparse.ArgumentError: there is no such folder.
+        argparse.ArgumentError: there is no such folder, or the one to leave out contains it.
         SystemExit: there is no such file.
     """
     from vqkernels.cli import _media
@@ -91,6 +93,10 @@ def find_inputs(data: Path, out: Path, dimensions: int) -> list[str]:
     if not data.is_dir():
         raise argparse.ArgumentError(None, f"argument --data: expected a folder, got {str(data)!r}")
     leave_out = out.resolve()
+    if leave_out in (data.resolve(), *data.resolve().parents):
+        raise argparse.ArgumentError(
+            None, f"argument --out: expected a folder that does not contain --data, got {str(out)!r}"
+        )
     files = [
         path.relative_to(data)
         for path in data.rglob("*")
@@ -213,7 +219,8 @@ def _processes(processes: int) -> Iterator[Callable[[Any], list[Any]]]:
         yield lambda value: [value]
         return
     distributed = torch.distributed
-    distributed.init_process_group("gloo")
+    # Shares take as long as they take; torchrun ends all processes when one is lost.
+    distributed.init_process_group("gloo", timeout=timedelta(days=365))
 
     def gather(value: Any) -> list[Any]:
         values = [None] * processes

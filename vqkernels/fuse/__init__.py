@@ -6,7 +6,7 @@ One file a library says what is replaced. The package is also the function: `vqk
 import functools
 import re
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
 
 from torch import nn
 
@@ -57,7 +57,8 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> FusionReport:
     Search, gather and statistics of every quantizer that is known change; parameters, buffers, hooks, the state_dict
     and the training behaviour stay. Codes are equal except where two are nearer to each other than the original's own
     rounding. A class is known by a hash of its source: another version, a subclass, and what was patched before are
-    left alone, with the reason in the report. A fused model can be copied, pickled and compiled.
+    left alone, with the reason in the report. A fused model can be deep-copied, pickled and compiled; a shallow copy,
+    such as nn.DataParallel makes for each device, runs on the tensors of the module that it is a copy of.
 
     Args:
         model: any module; a shared submodule counts once.
@@ -111,7 +112,10 @@ def unfuse(model: nn.Module) -> None:
 def _restore(modules: list[nn.Module]) -> None:
     for module in modules:
         for name in _recipes.bound_names(module):
-            del module.__dict__[name]
+            function = module.__dict__.pop(name).func
+            if not hasattr(type(module), name):  # kept by what has wrapped the method since, to be called by it
+                method = next(n for r in RECIPES for n, f in r.methods.items() if f is function)
+                module.__dict__[name] = MethodType(getattr(type(module), method), module)
 
 
 def _choose(module: nn.Module) -> Recipe | str | None:

@@ -55,12 +55,16 @@ def recipe(
                 return other
         reason = _other_shape(module, methods["forward"], attributes) or (refuse(module) if refuse else None)
         if reason is None:
-            # Among codes near zero, as they are in the beginning, many distances choose the same.
-            spread = _copy(module)
-            with torch.no_grad(), _fixed_random_state(table(spread).device):
-                table(spread).normal_()
-                rows = separated_rows(codes(spread))
-            reason = disagreement(plain, spread, inputs(rows))
+            try:
+                # Among codes near zero, as they are in the beginning, many distances choose the same.
+                spread = _copy(module)
+                with torch.no_grad(), _fixed_random_state(table(spread).device):
+                    table(spread).normal_()
+                    rows = separated_rows(codes(spread))
+            except Exception as error:  # whatever a user's class may keep that cannot be copied
+                reason = _cannot_be_tried(error)
+            else:
+                reason = disagreement(plain, spread, inputs(rows))
         return reason and f"it is not {library}'s: {reason}"
 
     return dataclasses.replace(plain, refuse=why_not)
@@ -140,12 +144,16 @@ def disagreement(recipe: Recipe, module: nn.Module, x: Tensor) -> str | None:
                 with _fixed_random_state(x.device), torch.enable_grad():
                     results.append(_results(twin, x.clone().requires_grad_()))
             except Exception as error:  # whatever an unknown forward may raise, on inputs that it was not made for
-                return f"it cannot be tried: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                return _cannot_be_tried(error)
         # Every result ends a chain of at most about as many roundings as x has elements.
         what = _difference(results[0], results[1], roundings=x.numel() + 64)
         if what is not None:
             return f"{what} in {'training' if training else 'evaluation'}"
     return None
+
+
+def _cannot_be_tried(error: Exception) -> str:
+    return f"it cannot be tried: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -24,14 +24,17 @@ def refuse_levels(module: Any) -> str | None:
     return None
 
 
+def pays(x: Tensor, num_codes: int) -> bool:
+    """Whether x [B, D, N] has rows enough: on CPU a few are searched faster than the codebooks are joined."""
+    return x.is_cuda or 8 * x.shape[0] * x.shape[-1] >= num_codes
+
+
 def can_fuse_levels(layers: nn.ModuleList, x: Tensor, codebooks: Sequence[Tensor]) -> bool:
     """Whether the residuals of x [B, D, N] are those of residual_quantize, nobody listens to a level, and it pays."""
     levels: list[Any] = list(layers)
-    # On CPU a few rows are searched faster than the codebooks are joined.
-    few = not x.is_cuda and bool(codebooks) and 8 * x.shape[0] * x.shape[-1] < codebooks[0].shape[0]
     return (
         len(layers) > 0
-        and not few
+        and pays(x, codebooks[0].shape[0])
         and all(t.dtype == torch.float32 and t.device == x.device for t in (x, *codebooks))
         and all(
             type(layer.project_in) is nn.Identity

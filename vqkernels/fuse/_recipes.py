@@ -63,6 +63,11 @@ def _module(cls: type) -> Any:
     return sys.modules.get(cls.__module__)
 
 
+def neighbour(module: nn.Module, name: str) -> Any:
+    """What has this name in the file of a module's class, also where FSDP or a parametrization has subclassed it."""
+    return next(getattr(_module(cls), name) for cls in type(module).__mro__ if hasattr(_module(cls), name))
+
+
 def _logical_lines(source: str) -> Iterator[list[str]]:
     """The tokens of every logical line: no comments or line breaks, an f-string as one token in every Python."""
     lines = source.splitlines(keepends=True)

@@ -28,6 +28,8 @@ def quantize_image(
     quantized, indices, loss, _, _ = vector_quantize(
         rows, codebook, commitment_weight=commitment_weight, codebook_weight=codebook_weight
     )
+    # The rows' gradient alone: without the loss the codebook has none, not one of zeros that an optimiser would act on.
+    quantized = rows + (quantized - rows).detach()
     quantized = quantized.view(shape).permute(0, 3, 1, 2).contiguous()
     return quantized, loss.to(rows.dtype), indices.clamp(min=0)
 

@@ -1,7 +1,6 @@
 """moshi: its codebooks, kept as sums and usage, and in evaluation a residual quantizer in one call."""
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from vqkernels.fuse import _steps
 from vqkernels.fuse._levels import can_fuse_levels, refuse_levels
-from vqkernels.fuse._recipes import Recipe
+from vqkernels.fuse._recipes import Recipe, neighbour
 from vqkernels.fuse._search import nearest, nearest_levels
 from vqkernels.ops import code_statistics, nearest_code
 
@@ -35,7 +34,7 @@ def _codebook_forward(self: Any, x: Tensor, initialize: bool = True) -> Any:
         metrics["rvq_entropy"] = torch.special.entr(share).sum() / math.log(self.codebook_size)
     self.embedding_sum.mul_(self.decay).add_(sums, alpha=1 - self.decay)
     self.register_buffer("_embedding", None)
-    return _result(self, "_CodebookForwardResult", quantized, codes, metrics)
+    return neighbour(self, "_CodebookForwardResult")(quantized, codes, metrics)
 
 
 def _residual_forward(self: Any, x: Tensor, n_q: int | None = None) -> Any:
@@ -45,7 +44,7 @@ def _residual_forward(self: Any, x: Tensor, n_q: int | None = None) -> Any:
         return type(self).forward(self, x, n_q)
     quantized, indices = nearest_levels(x.mT, codebooks)
     losses = torch.zeros(len(layers), device=x.device)
-    return _result(self, "_VQForwardResult", quantized.mT, indices.movedim(-1, 0).contiguous(), losses, {})
+    return neighbour(self, "_VQForwardResult")(quantized.mT, indices.movedim(-1, 0).contiguous(), losses, {})
 
 
 def _residual_encode(self: Any, x: Tensor, n_q: int | None = None) -> Tensor:
@@ -54,11 +53,6 @@ def _residual_encode(self: Any, x: Tensor, n_q: int | None = None) -> Tensor:
     if not can_fuse_levels(layers, x, codebooks):
         return type(self).encode(self, x, n_q)
     return nearest_levels(x.mT, codebooks)[1].movedim(-1, 0).contiguous()
-
-
-def _result(module: Any, name: str, *values: Any) -> Any:
-    """An instance of a named tuple of the module's own file."""
-    return getattr(sys.modules[type(module).__module__], name)(*values)
 
 
 RECIPES: tuple[Recipe, ...] = (

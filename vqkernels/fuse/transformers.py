@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqkernels.fuse._levels import pays
 from vqkernels.fuse._recipes import Recipe, is_untouched, why_not_class
 from vqkernels.fuse._search import nearest, nearest_levels
 
@@ -74,9 +75,10 @@ def _layers(self: Any) -> list[Any]:
 
 
 def _can_fuse_levels(layers: list[Any], embeddings: Tensor) -> bool:
-    """Whether the residuals of the original are what residual_quantize computes."""
+    """Whether the residuals of the original are what residual_quantize computes, and it pays."""
     return (
         len(layers) > 0
+        and pays(embeddings, layers[0].codebook.embed.shape[0])
         and embeddings.dtype == torch.float32
         and not torch.is_autocast_enabled(embeddings.device.type)
         and all(

@@ -2,21 +2,15 @@
 
 import copy
 import functools
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqkernels.fuse._recipes import Recipe, is_transparent, why_not_class
+from vqkernels.fuse._recipes import Recipe, is_transparent, neighbour, why_not_class
 from vqkernels.fuse._search import nearest, nearest_levels
 from vqkernels.ops import code_statistics, nearest_code
-
-
-def _module_of(self: nn.Module) -> ModuleType:
-    return sys.modules[type(self).__module__]
 
 
 @torch.compiler.disable
@@ -118,7 +112,7 @@ def _codebook_forward(
     indices = nearest_code(rows, embed, metric="dot" if self.use_cosine_sim else "l2")
     chosen = indices.clamp(min=0)  # argmax answers 0 for NaN
     offsets = embed.shape[1] * torch.arange(heads, device=rows.device).unsqueeze(-1)
-    quantized = F.embedding(chosen + offsets, embed.flatten(0, 1)).reshape(*shape, -1)
+    quantized = F.embedding(chosen + offsets, embed.flatten(0, 1)).reshape(*shape, embed.shape[-1])
     if self.training and update_usage and not freeze_codebook:
         # Handed on as it is to _track, which counts indices in place of one-hot rows.
         self.update_codebook(
@@ -144,7 +138,6 @@ def _track(
     ema_update_weight: Any = None,
     accum_ema_update: bool = False,
 ) -> None:
-    upstream = _module_of(self)
     if self.affine_param:
         codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
         batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
@@ -158,11 +151,13 @@ def _track(
     if callable(ema_update_weight):
         ema_update_weight = ema_update_weight(sums, cluster_size)
     if accum_ema_update:
-        upstream.accum_grad_(self.cluster_size, cluster_size)
-        upstream.accum_grad_(self.embed_avg, sums)
+        accum_grad_ = neighbour(self, "accum_grad_")
+        accum_grad_(self.cluster_size, cluster_size)
+        accum_grad_(self.embed_avg, sums)
     else:
-        upstream.ema_inplace(self.cluster_size, cluster_size, self.decay, ema_update_weight)
-        upstream.ema_inplace(self.embed_avg, sums, self.decay, ema_update_weight)
+        ema_inplace = neighbour(self, "ema_inplace")
+        ema_inplace(self.cluster_size, cluster_size, self.decay, ema_update_weight)
+        ema_inplace(self.embed_avg, sums, self.decay, ema_update_weight)
 
 
 def _refuse_layer(self: Any) -> str | None:
@@ -172,7 +167,7 @@ def _refuse_layer(self: Any) -> str | None:
     reason = why_not_class(_CODEBOOK, type(codebook))
     replaced = [name for name in vars(type(codebook)) if name in codebook.__dict__]
     sample = codebook.gumbel_sample
-    if not isinstance(sample, functools.partial) or sample.func is not _module_of(codebook).gumbel_sample:
+    if not isinstance(sample, functools.partial) or sample.func is not neighbour(codebook, "gumbel_sample"):
         replaced.append("gumbel_sample")
     if replaced and reason is None:
         return f"{replaced[0]}() of its codebook has been replaced"
@@ -267,7 +262,7 @@ def _sim_forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         + F.mse_loss(x, quantized.detach()) * self.input_to_quantize_commit_loss_weight
     )
     if self.rotation_trick:
-        quantized = _module_of(self).rotate_to(x, quantized)
+        quantized = neighbour(self, "rotate_to")(x, quantized)
     else:
         quantized = (quantized - x).detach() + x
     quantized, indices = quantized.reshape(shape), indices.reshape(shape[:-1])

@@ -30,8 +30,10 @@ def update_affine_(codebook: "Codebook", rows: Tensor, valid: Tensor) -> None:
         needs_init.fill_(False)
 
     rows = torch.where(valid.unsqueeze(-1), rows, 0).to(torch.float32)
-    num_rows = _total(codebook, valid.sum(-1, dtype=torch.float32)[:, None, None])
-    mean = _total(codebook, rows.sum(1, keepdim=True)) / num_rows.clamp(min=1)
+    num_rows = valid.sum(-1, dtype=torch.float32)[:, None, None]
+    totals = _total(codebook, torch.cat([rows.sum(1, keepdim=True), num_rows], -1))
+    total, num_rows = totals.split([rows.shape[-1], 1], -1)
+    mean = total / num_rows.clamp(min=1)
     squares = torch.where(valid.unsqueeze(-1), rows - mean, 0).square()
     variance = _total(codebook, squares.sum(1, keepdim=True)) / num_rows.clamp(min=1)
     decay = codebook.affine_param_batch_decay
@@ -70,5 +72,5 @@ def _deviations(codebook: "Codebook") -> tuple[Tensor, Tensor]:
 def _total(codebook: "Codebook", value: Tensor) -> Tensor:
     """The sum over all processes, where the codebook's rows are those of all."""
     if codebook.sync_affine_param and synchronization.is_distributed():
-        torch.distributed.all_reduce(value)
+        torch.distributed.all_reduce(value, group=codebook.process_group)
     return value

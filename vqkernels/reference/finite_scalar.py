@@ -203,6 +203,11 @@ class FSQ(FixedDtypeBuffers):
         first = self.channel_first or indices.ndim >= 3 + self.keep_num_codebooks_dim
         return codes.movedim(-1, 1) if first else codes
 
+    def output_codes(self) -> Tensor:
+        """All codes as `forward` returns them, [K, len(levels)]: with their rotation, before project_out."""
+        codes = self.implicit_codebook
+        return codes @ self.orthogonal_rot.mT if self.orthogonal_rotation else codes
+
     def _levels_to_indices(self, codes: Tensor) -> Tensor:
         """Indices of codes as `quantize` gives them."""
         if self.preserve_symmetry:

@@ -53,7 +53,8 @@ class GroupedResidualVQ(residual.GroupedResidual):
             ]
             quantized, losses = self.join(results)
             return quantized, losses.sum()
-        num_levels = residual.choose_num_levels(self.rvqs[0], x, None, num_levels)
+        if num_levels is None:
+            num_levels = residual.choose_num_levels(self.rvqs[0], x, None, None)
         results = [
             layer(part, return_all_codes=return_all_codes, num_levels=num_levels, **options)
             for layer, part in zip(self.rvqs, parts, strict=True)

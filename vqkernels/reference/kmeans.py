@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vqkernels.reference import synchronization
+from vqkernels.reference import _kmeans_sums
 from vqkernels.reference._random_rows import draw_rows
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def kmeans(codebook: "Codebook", rows: Tensor, mask: Tensor | None) -> tuple[Ten
     synchronizes = codebook.reproducible or (codebook.sync_codebook and codebook.sync_kmeans)
     valid = codebook.valid_rows(rows, mask)
     if synchronizes:
-        means, possible = synchronization.draw_rows(codebook, rows, valid)
+        means, possible = _kmeans_sums.draw_rows(codebook, rows, valid)
     else:
         means, possible = draw_rows(rows, valid, num_codes)
     counts = torch.zeros(means.shape[:2], dtype=torch.int64, device=rows.device)
@@ -37,7 +37,7 @@ def kmeans(codebook: "Codebook", rows: Tensor, mask: Tensor | None) -> tuple[Ten
         indices = codebook.nearest_code(rows, means, metric=codebook.metric, mask=mask)
         counts, sums = codebook.code_statistics(rows, indices, num_codes, heads=True)
         if synchronizes:
-            counts, sums = synchronization.sum_statistics(codebook, rows, indices, counts, sums)
+            counts, sums = _kmeans_sums.sum_statistics(codebook, rows, indices, counts, sums)
         centres = sums / counts.clamp(min=1).unsqueeze(-1)
         means = torch.where(counts.unsqueeze(-1) > 0, codebook.transform_input(centres), means).to(torch.float32)
     return means, counts, possible

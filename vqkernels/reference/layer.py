@@ -22,8 +22,8 @@ class VectorQuantize(LayerState):
     it: no step waits for the device or breaks a graph of torch.compile (except by an in-place optimizer, or where the
     codebook is synchronised or reproducible); the codebook is float32 under any dtype of the module and under autocast;
     a row with NaN or Inf gets index -1 and is NaN, and no other row, loss or code notices; nothing of size rows x codes
-    is stored, except what codebook_transform_fn returns; in distributed training all codebooks share one collective.
-    Where upstream is at odds with itself, this layer differs:
+    is stored, except what codebook_transform_fn returns; in distributed training all codebooks share one collective
+    (sync_affine_param adds two for each). Where upstream is at odds with itself, this layer differs:
 
     - the losses of a masked batch are those of its unmasked rows alone, whatever the options;
     - gradients of cross entropy, diversity and straight_through are those of the codes in use, which upstream has

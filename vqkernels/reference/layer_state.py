@@ -209,7 +209,7 @@ class LayerState(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes, float32 [K, D], or [H, K, D] with separate_codebook_per_head. Can be set."""
+        """The codes, float32 [K, D], or [H, K, D] with separate_codebook_per_head. Set it in all processes alike."""
         self._codebook.finish_pending_()
         embed = self._codebook.embed
         return embed if self.separate_codebook_per_head else embed.squeeze(0)
@@ -270,7 +270,8 @@ class LayerState(nn.Module):
         if self.in_place_codebook_optimizer is None:
             return
         if self._codebook.sync_codebook:
-            mean_over([p.grad for p in self._codebook.parameters() if p.grad is not None])
+            gradients = [p.grad for p in self._codebook.parameters() if p.grad is not None]
+            mean_over(gradients, self._codebook.process_group)
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
 

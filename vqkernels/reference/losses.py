@@ -1,5 +1,7 @@
 """Losses on the codes themselves."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +34,8 @@ def orthogonal_loss(codes: Tensor, *, active: Tensor | None = None, max_codes: i
     return (squares / num_codes.square() - 1 / num_codes).mean()
 
 
-def mean_over(gradients: list[Tensor]) -> None:
-    """Replaces gradients by their mean over all processes."""
+def mean_over(gradients: list[Tensor], group: Any) -> None:
+    """Replaces gradients by their mean over the processes of a group; None: all."""
     for gradient in gradients:
-        torch.distributed.all_reduce(gradient)
-        gradient /= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(gradient, group=group)
+        gradient /= torch.distributed.get_world_size(group)

@@ -78,6 +78,8 @@ class RandomProjectionQuantizer(nn.Module):
         """
         _checks.check_tensor("x", x, _checks.FLOAT_TYPES)
         _checks.check_input(x, [f"[B, N, {self.dim}]"], self.dim, -1)
+        if self.vq.training:  # someone has called its `train`
+            self.vq.eval()
         projected = torch.einsum("bnd,hde->bnhe", self.norm(x), self.rand_projs).flatten(2)
         results = self.vq(projected, indices=indices)
         return results[1]

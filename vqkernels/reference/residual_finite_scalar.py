@@ -17,7 +17,7 @@ class ResidualFSQ(FixedDtypeBuffers):
     Interface, defaults, results and state_dict are those of `ResidualFSQ` in vector-quantize-pytorch 1.32. Beyond it:
     one graph of torch.compile, quantize dropout that the host does not wait for, residuals in float32 also in a
     bfloat16 module, any number of positions, `num_levels`. With is_channel_first, indices are decoded in the layout in
-    which `forward` gives them.
+    which `forward` gives them; `codebooks`, and what is decoded with them, are the codes with their rotation.
 
     Args:
         levels: number of levels of each channel, at least 2.
@@ -150,7 +150,7 @@ class ResidualFSQ(FixedDtypeBuffers):
     @property
     def codebooks(self) -> Tensor:
         """[Q, K, len(levels)], before the levels' scales."""
-        return torch.stack([layer.implicit_codebook for layer in self.layers])
+        return torch.stack([layer.output_codes() for layer in self.layers])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes, [Q, B, ..., len(levels)], that add up to the output before project_out; zeros for index -1.

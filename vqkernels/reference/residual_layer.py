@@ -40,10 +40,10 @@ class ResidualVQ(nn.Module):
 
     Interface, defaults, results and state_dict are those of `ResidualVQ` in vector-quantize-pytorch 1.32. Where levels
     only search and follow moving averages, all of them are one fused operation, `vqkernels.residual_quantize`. Beyond
-    upstream: residuals in float32 under any dtype of the module; quantize dropout that the host does not wait for, and
-    `num_levels`, one for each sample; feature maps and channels first also with projections; cross entropy from
-    indices, and with it the residuals that follow. A shared codebook replaces dead codes after every level, and not
-    once more at the end.
+    upstream: residuals in float32 under any dtype of the module; quantize dropout that the host does not wait for where
+    levels are one operation, and `num_levels`, one for each sample; feature maps and channels first also with
+    projections; cross entropy from indices, and with it the residuals that follow. A shared codebook replaces dead
+    codes after every level, and not once more at the end.
 
     Args:
         dim: dimension of the input.
@@ -198,7 +198,8 @@ class ResidualVQ(nn.Module):
             beam_size: overrides the layer's option.
             rand_quantize_dropout_fixed_seed: of the random number of levels.
             num_levels: how many levels run, instead of a random number: an integer from 1 to Q, or an integer tensor,
-                a scalar or [B], whose values are not checked.
+                a scalar or [B], whose values are not checked; [B] only where levels are one operation, which they are
+                not before k-means.
             return_statistics: also return a `CodeUsage`.
 
         Returns:

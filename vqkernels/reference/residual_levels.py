@@ -26,7 +26,7 @@ def quantize_at_once(
     first = rvq.levels[0]
     books = [layer._codebook for layer in rvq.levels]
     freeze = freeze or first.freeze_codebook
-    update = rvq.training and not freeze and (first.ema_update or books[0].replaces_dead_codes)
+    update = _updates(rvq, freeze)
     for book in dict.fromkeys(books):
         if update:
             book.begin_step_()
@@ -90,8 +90,6 @@ def _update(
     for q, layer in enumerate(rvq.levels):
         book = layer._codebook
         if isinstance(num_levels, int) and q >= num_levels:
-            if book.sync_codebook and not rvq.shared_codebook:
-                synchronization.skip(book)
             continue
         state = (book.cluster_size, book.embed_avg, book.embed)
         # Whether rows of other processes reach a level is not known here: then it decays, as any code without rows.
@@ -109,6 +107,23 @@ def _update(
         # A level that no row reached stays as it is.
         for t, old in zip(state, before, strict=False):
             t.copy_(torch.where(torch.as_tensor(num_levels > q).any(), t, old))
+    if isinstance(num_levels, int):
+        _skip_levels(rvq, num_levels)
+
+
+def _updates(rvq: "ResidualVQ", freeze: bool) -> bool:
+    """Whether a step changes the codes, other than by an optimizer."""
+    first = rvq.levels[0]
+    if not rvq.training or freeze or first.freeze_codebook:
+        return False
+    return first.ema_update or first._codebook.replaces_dead_codes
+
+
+def _skip_levels(rvq: "ResidualVQ", num_levels: int) -> None:
+    """Tells synchronised codebooks that the levels behind `num_levels` take no part in a training step."""
+    for layer in rvq.levels[num_levels:]:
+        if layer._codebook.sync_codebook and not rvq.shared_codebook:
+            synchronization.skip(layer._codebook)
 
 
 def quantize_by_level(
@@ -124,6 +139,7 @@ def quantize_by_level(
 
     With targets, int64 [B, N, Q], losses are the cross entropies to them.
     """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     residual, quantized = z, torch.zeros_like(z)
     indices = z.new_full((*z.shape[:-1], rvq.num_quantizers), -1, dtype=torch.int64)
     losses: list[Tensor] = []
@@ -141,6 +157,8 @@ def quantize_by_level(
         losses.append(results[-1].float())
         if targets is None:
             indices[..., level] = results[0]
+    if _updates(rvq, freeze):
+        _skip_levels(rvq, num_levels)
     return quantized, indices, _complete(losses, rvq.num_quantizers)
 
 
@@ -154,6 +172,7 @@ def quantize_by_beams(
     beam_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_by_level` with the `beam_size` best beginnings of every level, and the best of all at the end."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     batch, rows, dim = z.shape
     residual, quantized = z.unsqueeze(2), torch.zeros_like(z).unsqueeze(2)  # [B, N, J, D], one for each beginning
     cost = z.new_zeros(batch, rows, 1, dtype=torch.float32)
@@ -193,9 +212,10 @@ def quantize_by_beams(
     if mask is not None:
         means = means.masked_fill(~mask.unsqueeze(-1), 0)
     means = means.sum((0, 1)) / (batch * rows if mask is None else mask.sum().clamp(min=1))
-    if rvq.training and not freeze:
+    if _updates(rvq, freeze):
         for level in range(num_levels):
             rvq.levels[level].update_indices(inputs[:, :, 0, level], chosen[..., level], mask=mask)
+        _skip_levels(rvq, num_levels)
     missing = rvq.num_quantizers - num_levels
     chosen = torch.nn.functional.pad(chosen, (0, missing), value=-1)
     return best, chosen, torch.nn.functional.pad(means, (0, missing))

@@ -211,21 +211,17 @@ class ResidualSimVQ(nn.Module):
         """
         rows = channels_last(x, self.codebook_dim, self.channel_first)
         num_levels = residual.choose_num_levels(self, x, rand_quantize_dropout_fixed_seed, num_levels)
-        runs = num_levels if isinstance(num_levels, int) else self.num_quantizers
-        codebooks = torch.stack([layer.codebook for layer in self.layers[:runs]])
         first = self.layers[0]
         with without_autocast(x):
             quantized, indices, losses, *_ = self.residual_quantize(
                 rows,
-                codebooks,
-                num_levels=None if isinstance(num_levels, int) else num_levels,
+                self.codebooks,  # of all levels: DistributedDataParallel waits for the gradient of every parameter
+                num_levels=None if isinstance(num_levels, int) and num_levels == self.num_quantizers else num_levels,
                 gradient="rotation" if first.rotation_trick else "straight_through",
                 commitment_weight=first.commitment_weight * first.input_to_quantize_commit_loss_weight,
                 codebook_weight=first.commitment_weight,
             )
         quantized = quantized.movedim(-1, 1) if self.channel_first else quantized
-        missing = self.num_quantizers - runs
-        indices, losses = F.pad(indices, (0, missing), value=-1), F.pad(losses, (0, missing))
         results = (quantized, indices, losses)
         return (*results, self.get_codes_from_indices(indices)) if return_all_codes else results
 

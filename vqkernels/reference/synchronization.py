@@ -4,7 +4,8 @@ In a training step every codebook contributes the statistics of its rows. Those 
 buffer, which one asynchronous all_reduce sums over the processes while the rest of forward and backward runs. Which
 codebook is the last of a step is known from the last one with the same beginning; in the first step every codebook is
 summed on its own.
-Sums are applied when the gradient reaches the rows of one of the codebooks, at the latest before its codes are read.
+Sums are applied when the gradient reaches the rows of one of the codebooks, at the latest before its codes are read;
+those of codes that are a parameter at once.
 
 All processes have to run the same codebooks in the same order in training, with any rows or none. Collectives are
 launched in the forward pass of training and in k-means alone, where all processes are in the same place; what a single
@@ -30,17 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo as eager  # unlike torch.compiler.disable, does not import the compiler
 
-from vqkernels.reference import _fixed_point
 from vqkernels.reference._contributions import (
     Contribution,
     Group,
-    Offer,
     ReproducibleContribution,
-    join_counts,
     num_candidates,
-    split_counts,
 )
-from vqkernels.reference._random_rows import gather_rows
 
 if TYPE_CHECKING:
     from vqkernels.reference.codebook_state import CodebookState, CodeUpdate
@@ -84,16 +80,16 @@ class _Flight:
         self.contributions = contributions
         maxima = [t for c in contributions for t in c.maxima()]
         if maxima:
-            buffer = _pack(maxima)
+            buffer = pack(maxima)
             group.all_reduce(buffer, op="MAX")
-            largest = _unpack(buffer, [t.shape for t in maxima])
+            largest = unpack(buffer, [t.shape for t in maxima])
             for c in contributions:
                 c.take_maxima(largest)
         addends = [t for c in contributions for t in c.addends()]
         self.shapes = [t.shape for t in addends]
-        self.buffer = _pack(addends)
+        self.buffer = pack(addends)
         self.work = group.all_reduce(self.buffer, async_op=True)
-        self.before = _pack(self._buffers())
+        self.before = pack(self._buffers())
         self.after: Tensor | None = None
 
     def concerns(self, codebook: "CodebookState") -> bool:
@@ -115,13 +111,13 @@ class _Flight:
             if not c.dropped:
                 c.codebook.apply_update_(update)
         if not last:
-            self.after = _pack(self._buffers())
+            self.after = pack(self._buffers())
 
     def totals(self) -> list["CodeUpdate"]:
         """Waits; the sums over all processes."""
         if self.work is not None:
             self.work.wait()
-        sums = _unpack(self.buffer, self.shapes)
+        sums = unpack(self.buffer, self.shapes)
         return [c.total(sums) for c in self.contributions]
 
     def _buffers(self) -> list[Tensor]:
@@ -129,7 +125,7 @@ class _Flight:
 
     @torch.no_grad()
     def _restore(self, state: Tensor) -> None:
-        values = _unpack(state, [t.shape for t in self._buffers()])
+        values = unpack(state, [t.shape for t in self._buffers()])
         for c in self.contributions:
             for buffer in c.state():
                 value = next(values)
@@ -141,6 +137,7 @@ class _Channel:
     """The steps of the codebooks that follow one process group.
 
     Attributes:
+        tokens: what codebooks are known by; unlike an id, a token is never given to another one.
         seen: the codebooks, as tokens, that have contributed to the present step, in order.
         expected: those that are going to.
         steps: earlier steps, by the codebook that they began with.
@@ -149,14 +146,18 @@ class _Channel:
     """
 
     def __init__(self) -> None:
+        self.tokens: weakref.WeakKeyDictionary[CodebookState, object] = weakref.WeakKeyDictionary()
         self.seen: list[object] = []
         self.expected: list[object] = []
         self.steps: dict[object, list[object]] = {}
         self.waiting: list[Contribution] = []
         self.flights: list[_Flight] = []
 
+    def token(self, codebook: "CodebookState") -> object:
+        return self.tokens.setdefault(codebook, object())
+
     def begin(self, codebook: "CodebookState", group: Group) -> None:
-        token = _token(codebook)
+        token = self.token(codebook)
         # A codebook that comes again begins a step, and so does an unexpected one that has begun a step before.
         unexpected = token not in self.expected and (not self.seen or token in self.steps)
         if token in self.seen or unexpected:
@@ -164,7 +165,7 @@ class _Channel:
         self.apply([flight for flight in self.flights if flight.concerns(codebook)], last=True)
 
     def contribute(self, contribution: Contribution, group: Group) -> None:
-        token = _token(contribution.codebook)
+        token = self.token(contribution.codebook)
         self.seen.append(token)
         if self.seen.count(token) > self.expected.count(token):
             self._launch([contribution], group)
@@ -173,7 +174,7 @@ class _Channel:
         self._launch_when_complete(group)
 
     def skip(self, codebook: "CodebookState", group: Group) -> None:
-        token = _token(codebook)
+        token = self.token(codebook)
         self.seen += [token] * max(self.expected.count(token), 1)
         self._launch_when_complete(group)
 
@@ -215,25 +216,23 @@ class _Channel:
         # A flight starts from the state of its codebooks, so none of them may be on another one.
         codebooks = [c.codebook for c in contributions]
         self.apply([f for f in self.flights if any(f.concerns(codebook) for codebook in codebooks)], last=True)
-        self.flights.append(_Flight(contributions, group))
+        flight = _Flight(contributions, group)
+        self.flights.append(flight)
+        if any(isinstance(codebook.embed, nn.Parameter) for codebook in codebooks):
+            # An optimizer moves these codes too: all processes have to be done before it, or all after it.
+            self.apply([flight], last=True)
 
 
 _channels: "weakref.WeakKeyDictionary[object, _Channel]" = weakref.WeakKeyDictionary()
-# What a codebook is known by. Unlike its id, a token is never given to another one.
-_tokens: "weakref.WeakKeyDictionary[CodebookState, object]" = weakref.WeakKeyDictionary()
 # The cluster sizes at the beginning of a step: another one in every step, and the same in all processes.
 _seeds: "weakref.WeakKeyDictionary[CodebookState, Tensor]" = weakref.WeakKeyDictionary()
 
 
-def _token(codebook: "CodebookState") -> object:
-    return _tokens.setdefault(codebook, object())
-
-
-def _pack(tensors: list[Tensor]) -> Tensor:
+def pack(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def _unpack(buffer: Tensor, shapes: list[torch.Size]) -> Iterator[Tensor]:
+def unpack(buffer: Tensor, shapes: list[torch.Size]) -> Iterator[Tensor]:
     parts = buffer.split([shape.numel() for shape in shapes])
     return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
@@ -250,10 +249,11 @@ def begin(codebook: "CodebookState") -> None:
     """
     group = group_of(codebook)
     if group.handle is not None:
-        if codebook not in _tokens:
-            _token(codebook)
+        channel = _channels.setdefault(group.handle, _Channel())
+        if codebook not in channel.tokens:
+            channel.token(codebook)
             broadcast_state(codebook)
-        _channels.setdefault(group.handle, _Channel()).begin(codebook, group)
+        channel.begin(codebook, group)
     if codebook.reproducible:
         _seeds[codebook] = codebook.cluster_size.clone()
 
@@ -339,62 +339,8 @@ def broadcast_state(codebook: "CodebookState") -> None:
     buffers = [codebook.initted, codebook.cluster_size, codebook.embed_avg]
     if not isinstance(codebook.embed, nn.Parameter):
         buffers.append(codebook.embed)
-    state = _pack([t.to(torch.float32) for t in buffers])
+    state = pack([t.to(torch.float32) for t in buffers])
     torch.distributed.broadcast(state, group=group.handle, group_src=0)
-    for buffer, value in zip(buffers, _unpack(state, [t.shape for t in buffers]), strict=True):
+    for buffer, value in zip(buffers, unpack(state, [t.shape for t in buffers]), strict=True):
         buffer.copy_(value)
     codebook._may_need_init = not bool(codebook.initted)
-
-
-def draw_rows(codebook: "CodebookState", rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws a distinct valid row of all processes for every code, the same on each; where there are fewer, they repeat.
-
-    Args:
-        codebook: K codes.
-        rows: [C, M, D].
-        valid: bool [C, M].
-
-    Returns:
-        drawn: float32 [C, K, D].
-        possible: bool [C, 1], whether there was a valid row.
-    """
-    group = group_of(codebook)
-    num = codebook.codebook_size
-    offer = Offer(rows, valid, num, group, codebook.cluster_size if codebook.reproducible else None)
-    group.all_reduce(offer.keys, op="MAX")
-    offer.take_keys(offer.keys)
-    bits = offer.own_bits()
-    group.all_reduce(bits)
-    found = offer.usable.sum(-1, keepdim=True)
-    turns = torch.arange(num, device=rows.device) % found.clamp(min=1)
-    return gather_rows(bits.view(torch.float32), turns), found > 0
-
-
-def sum_statistics(
-    codebook: "CodebookState", rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The statistics of the rows of all processes, at once.
-
-    Args:
-        codebook: K codes.
-        rows: [C, M, D].
-        indices: int64 [C, M], their codes, -1 for none.
-        counts: int64 [C, K], the statistics of this process's rows.
-        sums: [C, K, D].
-
-    Returns:
-        counts and sums, float32.
-    """
-    group = group_of(codebook)
-    if codebook.reproducible:
-        largest = _fixed_point.largest_value(rows, indices)
-        group.all_reduce(largest, op="MAX")
-        addends = [counts, _fixed_point.fixed_point_sums(rows, indices, codebook.codebook_size, largest)]
-    else:
-        addends = [*split_counts(counts), sums.to(torch.float32)]
-    buffer = _pack(addends)
-    group.all_reduce(buffer)
-    *parts, sums = _unpack(buffer, [t.shape for t in addends])
-    if codebook.reproducible:
-        return parts[0], _fixed_point.from_fixed_point(sums, largest)
-    return join_counts(*parts), sums

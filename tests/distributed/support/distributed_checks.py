@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vqkernels import reference
-from vqkernels.nn import ResidualVQ, VectorQuantize
+from vqkernels.nn import ResidualSimVQ, ResidualVQ, VectorQuantize
 from vqkernels.reference import synchronization
 from vqkernels.reference.codebook import Codebook, CodeUpdate
 
@@ -651,6 +651,45 @@ def learnable_codebook_with_dead_codes(rank, folder):
 
 
 @check
+def learnable_codebook_read_by_one_process(rank, folder):
+    """Without a gradient for the rows, and before the optimizer moves the codes."""
+    torch.manual_seed(0)
+    layer = VectorQuantize(6, 16, learnable_codebook=True, ema_update=False, threshold_ema_dead_code=2)
+    model = DistributedDataParallel(layer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for step in range(10):
+        _, _, loss = model(batch(rank, step))
+        optimizer.zero_grad()
+        loss.backward()
+        if rank == 0:
+            no_collectives(layer.state_dict)
+        optimizer.step()
+        assert_same_everywhere(raw_state(layer))
+
+
+@check
+def levels_that_are_left_out(rank, folder):
+    """The others are summed in the same step, and trained by DistributedDataParallel."""
+    options = {"dim": 6, "num_quantizers": 4, "codebook_size": 8, "quantize_dropout": True}
+    for cosine in (False, True):
+        torch.manual_seed(0)
+        layer = ResidualVQ(**options, use_cosine_sim=cosine)
+        training_step(layer, rank)()
+        before = digest(raw_state(layer))
+        for number in range(6):
+            assert collectives(training_step(layer, rank)) == {"c10d::allreduce_": 1}, number
+            assert_same_everywhere(raw_state(layer))
+            assert digest(raw_state(layer)) != before
+            before = digest(raw_state(layer))
+    torch.manual_seed(0)
+    model = DistributedDataParallel(ResidualSimVQ(**options))
+    for number in range(6):
+        quantized, _, losses = model(batch(rank, number))
+        (quantized.sum() + losses.sum()).backward()
+    assert_same_everywhere([p.grad for p in model.parameters()])
+
+
+@check
 def fully_sharded(rank, folder):
     torch.manual_seed(rank)
     model = Autoencoder()
@@ -724,6 +763,7 @@ def another_process_group_later(rank, folder):
     dist.destroy_process_group()
     # Not in the store of the first group, which holds addresses that nobody listens to any more.
     join(init_method=f"file://{folder}/store", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    layer.codebook = layer.codebook + rank  # the first process decides again
     layer.train()
     for step in range(3):
         layer(batch(rank, step))
