@@ -147,6 +147,10 @@ def test_an_interrupted_run_goes_on(images, checkpoint, tmp_path, monkeypatch, c
     os.utime(folder / "a.png", (later, later))
     assert run(*arguments) == 0
     assert len(encoded) == len(SIZES) + 3
+    write_image(folder / "b.png", (8, 8), 98)  # from a copy that keeps times
+    os.utime(folder / "b.png", (later - 10**6, later - 10**6))
+    assert run(*arguments) == 0
+    assert len(encoded) == len(SIZES) + 4
     assert not np.array_equal(outputs(whole)["a.png.npz"]["codes"], outputs(parts)["a.png.npz"]["codes"])
 
 

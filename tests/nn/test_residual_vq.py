@@ -289,6 +289,14 @@ def test_levels_left_out_change_no_state_and_number_the_rest():
             assert torch.equal(value, before[name]) != changes, name
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}], ids=["once", "levels"])
+@pytest.mark.parametrize("num_levels", [0, LEVELS + 1, torch.tensor(0), torch.tensor(LEVELS + 1)])
+def test_impossible_numbers_of_levels(options, num_levels):
+    layer = nn.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=LEVELS, **options)
+    with pytest.raises(ValueError, match="num_levels: expected an integer from 1 to 4"):
+        layer(torch.randn(2, 30, DIM), num_levels=num_levels)
+
+
 def test_levels_of_every_sample():
     layer = nn.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=LEVELS).eval()
     x, num_levels = torch.randn(3, 20, DIM), torch.tensor([1, 4, 2])
@@ -355,6 +363,16 @@ def test_kmeans_makes_every_level_fit_its_residuals():
     left = [(x - layer(x, num_levels=count)[0]).square().mean() for count in range(1, LEVELS + 1)]
     assert all(after < before for before, after in zip([x.square().mean(), *left], left, strict=False))
     assert all(bool(level._codebook.initted) for level in layer.layers)
+
+
+def test_invalid_rows_leave_implicit_codes_alone():
+    layer = nn.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, implicit_neural_codebook=True)
+    x = torch.randn(2, 20, DIM)
+    x[0, 3, 2] = torch.nan
+    quantized, indices, losses = layer(x)
+    (torch.nan_to_num(quantized).sum() + losses.sum()).backward()
+    assert (indices[0, 3] == -1).all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 def test_invalid_rows_stay_alone():
@@ -489,6 +507,7 @@ def test_groups_of_feature_maps():
         ({"codebook_size": (4, 4)}, "codebook_size"),
         ({"codebook_size": (4, 4, 4, 8), "shared_codebook": True}, "codebook_size"),
         ({"eval_beam_size": 2}, "eval_beam_size"),
+        ({"beam_size": 0}, "beam_size"),
         ({"beam_size": 2, "beam_score_quantizer_weights": [1.0]}, "beam_score_quantizer_weights"),
         ({"diveq": True, "ema_update": True}, "diveq"),
         ({"quantize_dropout": True, "quantize_dropout_cutoff_index": -1}, "quantize_dropout_cutoff_index"),

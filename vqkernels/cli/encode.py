@@ -1,16 +1,18 @@
 """`python -m vqkernels encode`: the tokens of a folder of images or audio, alone or under torchrun.
 
-Of every input `NAME` there is an output `NAME.npz` at the same place below the output folder, with two arrays:
+Of every input `NAME` there is an output `NAME.npz` at the same place below the output folder, with three arrays:
 
 - codes: int32, [h, w] of an image, [t] of audio.
 - shape: int64, that of the input, [C, H, W] or [C, T], before it was filled up to multiples of the model's stride.
+- source: int64 [2], size and time of change (ns) of the input file.
 
 `manifest.json` says which model made them ("model": file, sha256, config, stride), and at the end of a run also which
 there are ("files": input, output, codes, shape) and which inputs could not be read ("failed": input, reason).
 
-Outputs that are newer than their input are left alone, so that a run goes on where another one ended. A file is encoded
-by itself: its codes do not depend on what else there is, or on the number of processes. They may depend on the device
-and on the number of CPU threads, where the model's convolutions round differently and two codes are equally near.
+Outputs of inputs that have not changed since are left alone, so that a run goes on where another one ended. A file is
+encoded by itself: its codes do not depend on what else there is, or on the number of processes. They may depend on
+the device and on the number of CPU threads, where the model's convolutions round differently and two codes are
+equally near.
 """
 
 import argparse
@@ -150,7 +152,7 @@ def _claim(out: Path, description: dict[str, Any], inputs: list[str], overwrite:
 
 
 def _encode(model: VQVAE, data: Path, out: Path, inputs: list[str], rank: int, processes: int) -> list[dict[str, str]]:
-    """Encodes inputs without output or newer than it; returns those that could not be read, with the reason."""
+    """Encodes inputs without an output of their present version; returns those that cannot be read, and why."""
     from vqkernels.cli import _media
 
     failed = []
@@ -158,7 +160,7 @@ def _encode(model: VQVAE, data: Path, out: Path, inputs: list[str], rank: int, p
     with _progress_bar(len(inputs), rank, processes) as advance:
         for name in inputs:
             target = _output(out, name)
-            if not target.exists() or target.stat().st_mtime < (data / name).stat().st_mtime:
+            if not _is_encoded(target, data / name):
                 try:
                     values = _media.read(data / name, model.dimensions, model.in_channels)
                 except (OSError, ValueError) as error:
@@ -166,7 +168,7 @@ def _encode(model: VQVAE, data: Path, out: Path, inputs: list[str], rank: int, p
                     target.unlink(missing_ok=True)
                 else:
                     codes = encode_one(model, values.to(device)).cpu()
-                    _write(target, _archive(codes, values.shape))
+                    _write(target, _archive(codes, values.shape, _version(data / name)))
             advance(name)
     return failed
 
@@ -193,11 +195,26 @@ def _output(out: Path, name: str) -> Path:
     return out / f"{name}.npz"
 
 
-def _archive(codes: Tensor, shape: torch.Size) -> bytes:
+def _version(source: Path) -> list[int]:
+    status = source.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _is_encoded(target: Path, source: Path) -> bool:
+    import numpy as np
+
+    try:
+        with np.load(target) as content:
+            return content["source"].tolist() == _version(source)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _archive(codes: Tensor, shape: torch.Size, version: list[int]) -> bytes:
     import numpy as np
 
     buffer = io.BytesIO()
-    np.savez(buffer, codes=codes.numpy(), shape=np.asarray(shape, np.int64))
+    np.savez(buffer, codes=codes.numpy(), shape=np.asarray(shape, np.int64), source=np.asarray(version, np.int64))
     return buffer.getvalue()
 
 

@@ -58,7 +58,10 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> FusionReport:
     and the training behaviour stay. Codes are equal except where two are nearer to each other than the original's own
     rounding. A class is known by a hash of its source: another version, a subclass, and what was patched before are
     left alone, with the reason in the report. A fused model can be deep-copied, pickled and compiled; a shallow copy,
-    such as nn.DataParallel makes for each device, runs on the tensors of the module that it is a copy of.
+    such as nn.DataParallel makes for each device, runs on the tensors of the module that it is a copy of. In evaluation
+    a row of NaN comes out of several levels as NaN, where originals add up codes.
+
+    What is known by its shape is tried on a copy, and may call collectives: in a distributed run call this everywhere.
 
     Args:
         model: any module; a shared submodule counts once.

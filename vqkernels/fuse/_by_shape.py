@@ -132,7 +132,7 @@ def _fixed_random_state(device: torch.device) -> Iterator[None]:
 def disagreement(recipe: Recipe, module: nn.Module, x: Tensor) -> str | None:
     """What differs between a copy of a module and a fused copy after a forward pass of x, in training or evaluation.
 
-    Outputs, gradients of every output, and the state afterwards are compared. The module and all random states stay.
+    Outputs, gradients of every output, and the state afterwards are compared. The module and torch's random state stay.
     """
     for training in (False, True):
         results: list[dict[str, list[Any]]] = []

@@ -209,12 +209,13 @@ class FSQ(FixedDtypeBuffers):
         return codes @ self.orthogonal_rot.mT if self.orthogonal_rotation else codes
 
     def _levels_to_indices(self, codes: Tensor) -> Tensor:
-        """Indices of codes as `quantize` gives them."""
+        """Indices of codes as `quantize` gives them; -1 where one is NaN."""
         if self.preserve_symmetry:
             levels = (codes + 1) / (2 / (self._levels - 1))
         else:
             levels = codes * (self._levels // 2) + self._levels // 2
-        return (levels * self._basis).sum(-1).round().to(torch.int32)
+        indices = (levels * self._basis).sum(-1)
+        return torch.where(indices.isfinite(), indices, -1).round().to(torch.int32)
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
         """Codes as `quantize` gives them."""

@@ -42,8 +42,9 @@ class ResidualVQ(nn.Module):
     only search and follow moving averages, all of them are one fused operation, `vqkernels.residual_quantize`. Beyond
     upstream: residuals in float32 under any dtype of the module; quantize dropout that the host does not wait for where
     levels are one operation, and `num_levels`, one for each sample; feature maps and channels first also with
-    projections; cross entropy from indices, and with it the residuals that follow. A shared codebook replaces dead
-    codes after every level, and not once more at the end.
+    projections; cross entropy from indices, and with it the residuals that follow; a beam search that updates all
+    levels, not the first alone. A shared codebook replaces dead codes after every level, and not once more at the end.
+    With an option that takes the levels one by one, quantize dropout without a seed breaks a graph of torch.compile.
 
     Args:
         dim: dimension of the input.
@@ -115,6 +116,9 @@ class ResidualVQ(nn.Module):
         if diveq and vq_kwargs.get("ema_update"):
             raise ValueError("diveq, ema_update: expected at most one of them, got both")
         weights = [1.0] * num_quantizers if beam_score_quantizer_weights is None else [*beam_score_quantizer_weights]
+        for name, size in (("beam_size", beam_size), ("eval_beam_size", eval_beam_size)):
+            if size is not None:
+                _checks.check_sizes(**{name: size})
         if len(weights) != num_quantizers:
             raise ValueError(f"beam_score_quantizer_weights: expected {num_quantizers} numbers, got {len(weights)}")
         if implicit_neural_codebook:
@@ -343,7 +347,7 @@ class ResidualVQ(nn.Module):
         # Nobody waits for a number that the host has drawn itself; where levels are skipped it has to know it.
         known = levels if isinstance(levels, int) or torch.compiler.is_compiling() else None
         if known is None and (z.device.type == "cpu" or not self._is_one_operation() or self._is_synchronized()):
-            return int(levels)
+            return residual.check_num_levels(int(levels), self.num_quantizers)
         return levels
 
     def _is_synchronized(self) -> bool:

@@ -224,7 +224,10 @@ def quantize_by_beams(
 def _transform(rvq: "ResidualVQ", level: int, quantized: Tensor) -> "partial[Tensor] | None":
     """What makes the codes of a level from those of its codebook."""
     mlp = rvq.mlps[level - 1] if level > 0 else None
-    return None if mlp is None else partial(mlp, condition=quantized)
+    if mlp is None:
+        return None
+    # The gradient of a row that is NaN would spread over the weights.
+    return partial(mlp, condition=quantized.masked_fill(quantized.isnan(), 0))
 
 
 def _at(x: Tensor, order: Tensor) -> Tensor:

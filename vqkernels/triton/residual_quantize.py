@@ -131,7 +131,8 @@ def _residual_quantize_kernel(
         error = tl.where(has_code, pairwise_sum(error_lanes, BLOCK_ROWS, 4), 0.0)
         tl.store(error_row + level * rows, error, mask=row_inside)
         done += has_code.to(tl.int64)
-        has_code = has_code & (error <= LARGEST)
+        if given is None:
+            has_code = has_code & (error <= LARGEST)
 
     tl.debug_barrier()  # the indices have been written
     lacks_code = (done < depth)[:, None]
