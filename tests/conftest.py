@@ -1,5 +1,6 @@
 """Fixtures of all tests: fresh memory holds NaN, threads and deterministic mode are as they were after every test."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 # What tests share lies in modules of this folder; test files of equal names in different folders stay apart.
 sys.path.append(str(Path(__file__).parent / "ops" / "support"))
+
+# Workers of pytest-xdist share the cores; threads that wait for one another's cores would spin.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 settings.register_profile(
     "vqkernels",

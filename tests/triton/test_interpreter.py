@@ -16,7 +16,7 @@ def run(*command, **environment):
 def test_interpreted_kernels():
     done = run(
         *("-m", "pytest", str(Path(__file__).parent), "--ignore", __file__, "--import-mode=importlib"),
-        *("-p", "no:cacheprovider"),
+        *("-p", "no:cacheprovider", "-n", "2"),
         TRITON_INTERPRET="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -59,9 +59,12 @@ def _common_generator(device: torch.device) -> random.Random:
     return _common_generators[group]
 
 
-@torch.compiler.assume_constant_result
 def _seeded_choice(seed: int, choices: int) -> int:
     return random.Random(seed).randrange(choices)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+_seeded_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_num_levels(layer: Any, x: Tensor, seed: int | None, num_levels: int | Tensor | None) -> int | Tensor:
