@@ -19,6 +19,14 @@ SOFT = {"straight_through": True, "rotation_trick": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
 DIVEQ = {"directional_reparam": True, "threshold_ema_dead_code": 1e-9, "directional_reparam_variance": 0.1}
 
+
+def bridge():
+    """The same in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Linear(DIM, DIM)
+
+
 OPTIONS = {
     "entropy": ENTROPY,
     "entropy_shared": {**ENTROPY, **SHARED},
@@ -46,11 +54,11 @@ OPTIONS = {
         "affine_param_batch_decay": 0.5,
         "affine_param_codebook_decay": 0.6,
     },
-    "bridge": {"vq_bridge": torch.nn.Linear(DIM, DIM)},
+    "bridge": {"vq_bridge": bridge()},
     "synchronous": {"sync_update_v": 0.4, **LEARNABLE},
     "synchronous_straight": {"sync_update_v": 1.0, "rotation_trick": False, **LEARNABLE},
     "in_place": {"in_place_codebook_optimizer": functools.partial(torch.optim.Adam, lr=0.05), **LEARNABLE},
-    "in_place_bridge": {"in_place_codebook_optimizer": SGD, "vq_bridge": torch.nn.Linear(DIM, DIM)},
+    "in_place_bridge": {"in_place_codebook_optimizer": SGD, "vq_bridge": bridge()},
     "in_place_manual": {"in_place_codebook_optimizer": SGD, "manual_in_place_optimizer_update": True, **LEARNABLE},
     "in_place_affine": {"in_place_codebook_optimizer": SGD, "affine_param": True, **LEARNABLE},
     "soft": {**SOFT, "route_gradients_to_input": False},
