@@ -243,3 +243,11 @@ def test_bad_arguments():
         layer.indices_to_codes(torch.tensor([[CODES]]))
     with pytest.raises(ValueError, match=r"^codebook: expected"):
         nn.SimVQ(DIM, CODES, codebook_transform=torch.nn.Linear(DIM, 5))(torch.randn(2, 3, DIM))
+
+
+def test_levels_that_are_left_out_get_no_gradient():
+    layer = nn.ResidualSimVQ(dim=4, num_quantizers=3, codebook_size=8)
+    layer(torch.randn(2, 5, 4), num_levels=2)[2].sum().backward()
+    gradients = [level.code_transform.weight.grad for level in layer.layers]
+    assert all(gradient.abs().max() > 0 for gradient in gradients[:2])
+    assert gradients[2] is None

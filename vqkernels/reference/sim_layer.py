@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vqkernels.reference import _checks, residual
 from vqkernels.reference._modules import channels_last, without_autocast
 from vqkernels.reference.residual_quantize import residual_quantize
+from vqkernels.reference.synchronization import is_distributed
 from vqkernels.reference.vector_quantize import vector_quantize
 
 
@@ -211,18 +212,22 @@ class ResidualSimVQ(nn.Module):
         """
         rows = channels_last(x, self.codebook_dim, self.channel_first)
         num_levels = residual.choose_num_levels(self, x, rand_quantize_dropout_fixed_seed, num_levels)
-        first = self.layers[0]
+        first, runs = self.layers[0], self.num_quantizers
+        # Levels that are left out get no gradient, unless DistributedDataParallel may wait for that of every parameter.
+        if isinstance(num_levels, int) and not is_distributed():
+            runs, num_levels = num_levels, self.num_quantizers
         with without_autocast(x):
             quantized, indices, losses, *_ = self.residual_quantize(
                 rows,
-                self.codebooks,  # of all levels: DistributedDataParallel waits for the gradient of every parameter
+                torch.stack([layer.codebook for layer in self.layers[:runs]]),
                 num_levels=None if isinstance(num_levels, int) and num_levels == self.num_quantizers else num_levels,
                 gradient="rotation" if first.rotation_trick else "straight_through",
                 commitment_weight=first.commitment_weight * first.input_to_quantize_commit_loss_weight,
                 codebook_weight=first.commitment_weight,
             )
         quantized = quantized.movedim(-1, 1) if self.channel_first else quantized
-        results = (quantized, indices, losses)
+        missing = self.num_quantizers - runs
+        results = (quantized, F.pad(indices, (0, missing), value=-1), F.pad(losses, (0, missing)))
         return (*results, self.get_codes_from_indices(indices)) if return_all_codes else results
 
     @property
