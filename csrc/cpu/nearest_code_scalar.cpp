@@ -8,23 +8,12 @@
 
 #include "../float16.h"
 #include "nearest_code.h"
+#include "scalar_norm.h"
 
 namespace vqkernels::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16;
-
-template <class T>
-T squared_norm(const T* x, int64_t dim) {
-  T q = 0;
-  for (int64_t d = 0; d < dim; ++d) q = std::fma(x[d], x[d], q);
-  return q;
-}
-
-template <class T>
-bool is_valid(T q) {
-  return q <= std::numeric_limits<T>::max() / 4;
-}
 
 template <class T, class Z, class C>
 void search(const NearestCodeProblem& p, const SearchBlock& b, T* scores, int64_t* indices) {

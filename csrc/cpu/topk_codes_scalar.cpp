@@ -2,24 +2,13 @@
 #include <cmath>
 #include <vector>
 
+#include "scalar_norm.h"
 #include "topk_codes.h"
 #include "topk_heap.h"
 #include "with_types.h"
 
 namespace vqkernels::cpu {
 namespace {
-
-template <class T>
-T squared_norm(const T* x, int64_t dim) {
-  T q = 0;
-  for (int64_t d = 0; d < dim; ++d) q = std::fma(x[d], x[d], q);
-  return q;
-}
-
-template <class T>
-bool is_valid(T q) {
-  return q <= std::numeric_limits<T>::max() / 4;
-}
 
 template <class T, class Z, class C>
 void topk(const NearestCodeProblem& p, const SearchBlock& b, int64_t k, T* scores, int64_t* indices) {

@@ -1,13 +1,14 @@
 """The residual quantizers of encodec and what came of it: layers of a projection, a codebook, and a projection back."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqkernels.fuse import _recipes
+from vqkernels.fuse._search import nearest_levels
 
 
 def refuse_levels(module: Any) -> str | None:
@@ -43,3 +44,12 @@ def can_fuse_levels(layers: nn.ModuleList, x: Tensor, codebooks: Sequence[Tensor
             for layer in levels
         )
     )
+
+
+def encode_levels(module: Any, x: Tensor, n_q: int | None, codebook_of: Callable[[Any], Tensor]) -> Tensor:
+    """The `encode` of a residual quantizer, x [B, D, N] to int64 [Q, B, N]; its own where one call does not pay."""
+    layers = module.layers[: n_q or len(module.layers)]
+    codebooks = [codebook_of(layer) for layer in layers]
+    if not can_fuse_levels(layers, x, codebooks):
+        return type(module).encode(module, x, n_q)
+    return nearest_levels(x.mT, codebooks)[1].movedim(-1, 0).contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.fuse import _steps
-from vqkernels.fuse._levels import can_fuse_levels, refuse_levels
+from vqkernels.fuse._levels import can_fuse_levels, encode_levels, refuse_levels
 from vqkernels.fuse._recipes import Recipe, neighbour
 from vqkernels.fuse._search import nearest, nearest_levels
 from vqkernels.ops import code_statistics, nearest_code
@@ -48,11 +48,7 @@ def _residual_forward(self: Any, x: Tensor, n_q: int | None = None) -> Any:
 
 
 def _residual_encode(self: Any, x: Tensor, n_q: int | None = None) -> Tensor:
-    layers = self.layers[: n_q or len(self.layers)]
-    codebooks = [layer.embedding for layer in layers]
-    if not can_fuse_levels(layers, x, codebooks):
-        return type(self).encode(self, x, n_q)
-    return nearest_levels(x.mT, codebooks)[1].movedim(-1, 0).contiguous()
+    return encode_levels(self, x, n_q, lambda layer: layer.embedding)
 
 
 RECIPES: tuple[Recipe, ...] = (

@@ -20,6 +20,11 @@ from vqkernels.reference.residual_quantize import levels_of_rows, split_levels
 METRICS = ("l2", "cosine", "dot")
 
 
+def wide_type(*tensors: Tensor) -> torch.dtype:
+    """What tensors are computed in: float64 where one of them is, else float32."""
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

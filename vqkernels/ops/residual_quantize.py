@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.ops._checks import ResidualArguments, check_choice, residual_arguments
+from vqkernels.ops._checks import ResidualArguments, check_choice, residual_arguments, wide_type
 from vqkernels.ops.vector_quantize import GRADIENTS
 from vqkernels.reference._beam_search import beam_search
 from vqkernels.reference._checks import check_numbers, check_sizes, describe
@@ -26,10 +26,6 @@ class ResidualQuantizeResult(NamedTuple):
     sums: Tensor | tuple[Tensor, ...] | None
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
-
-
 def _shape_rule(
     z: Tensor,
     codebooks: Tensor,
@@ -43,7 +39,7 @@ def _shape_rule(
     return (
         z.new_empty(z.shape),
         z.new_empty((heads, rows, len(sizes)), dtype=torch.int64),
-        z.new_empty((heads, len(sizes)), dtype=_wide(z, codebooks)),
+        z.new_empty((heads, len(sizes)), dtype=wide_type(z, codebooks)),
         z.new_empty((heads, len(sizes)), dtype=torch.int64),
     )
 
@@ -63,7 +59,7 @@ def _backward_shape_rule(
 
 def _statistics_shape_rule(z: Tensor, codebooks: Tensor, sizes: list[int], indices: Tensor) -> tuple[Tensor, Tensor]:
     shape = codebooks.shape
-    return z.new_empty(shape[:2], dtype=torch.int64), z.new_empty(shape, dtype=_wide(z, codebooks))
+    return z.new_empty(shape[:2], dtype=torch.int64), z.new_empty(shape, dtype=wide_type(z, codebooks))
 
 
 _backend.define(
@@ -144,7 +140,7 @@ def _codebook_gradient(
 ) -> Tensor:
     """A code gets what its members push it away from them, row by row: n_k c_k - sums_k would cancel."""
     sum_rows = _backend.implementation("code_statistics", backend)
-    wide = _wide(z)
+    wide = wide_type(z)
     heads, _, dim = z.shape
     coefficients = grad_mse.double() * 2 / (valid_rows * dim).clamp(min=1)
     residual = z.to(wide)
@@ -244,7 +240,9 @@ def residual_quantize(
     if beam_size is not None and beam_size > 1:
         chosen = _search_beams(arguments, metric, beam_size, weights, backend)
     # Gradients of a narrower tensor that meets a float64 one are rounded once, at the end.
-    mixed = arguments.z.dtype != arguments.codebooks.dtype and _wide(arguments.z, arguments.codebooks) == torch.float64
+    mixed = (
+        arguments.z.dtype != arguments.codebooks.dtype and wide_type(arguments.z, arguments.codebooks) == torch.float64
+    )
     rows = arguments.z.double() if mixed else arguments.z
     table = arguments.codebooks.double() if mixed else arguments.codebooks
     quantized, indices, losses = _ResidualQuantize.apply(
@@ -292,7 +290,7 @@ def _search_beams(
     arguments: ResidualArguments, metric: str, beam_size: int, weights: list[float], backend: str | None
 ) -> Tensor:
     search = _backend.implementation("topk_codes", backend)
-    wide = _wide(arguments.z, arguments.codebooks)
+    wide = wide_type(arguments.z, arguments.codebooks)
     return beam_search(
         arguments.z.detach().to(wide),
         arguments.codebooks.detach().to(wide).split(list(arguments.sizes), 1),

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from vqkernels import reference
 from vqkernels.ops import _backend
-from vqkernels.ops._checks import check_choice, search_arguments
+from vqkernels.ops._checks import check_choice, search_arguments, wide_type
 from vqkernels.reference._checks import check_numbers
 
 GRADIENTS = ("straight_through", "rotation", "none")
@@ -24,15 +24,11 @@ class VectorQuantizeResult(NamedTuple):
     sums: Tensor | None
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
-
-
 def _shape_rule(z: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         z.new_empty(z.shape),
         z.new_empty(z.shape[:2], dtype=torch.int64),
-        z.new_empty((), dtype=_wide(z, codebook)),
+        z.new_empty((), dtype=wide_type(z, codebook)),
         z.new_empty((), dtype=torch.int64),
     )
 
@@ -96,7 +92,7 @@ class _VectorQuantize(torch.autograd.Function):
             grad_z = row_gradient(grad_quantized, grad_mse, z, codebook, indices, valid_rows, gradient)
         if ctx.needs_input_grad[1]:
             # A code gets what its members push it away from them, row by row: n_k c_k - sums_k would cancel.
-            wide = _wide(z)
+            wide = wide_type(z)
             grad_mse = grad_loss * codebook_weight
             rows = row_gradient(None, grad_mse, z.to(wide), codebook, indices, valid_rows, "none").neg()
             if gradient == "none":

@@ -202,8 +202,8 @@ class ResidualVQ(nn.Module):
             beam_size: overrides the layer's option.
             rand_quantize_dropout_fixed_seed: of the random number of levels.
             num_levels: how many levels run, instead of a random number: an integer from 1 to Q, or an integer tensor,
-                a scalar or [B], whose values are not checked; [B] only where levels are one operation, which they are
-                not before k-means.
+                a scalar or [B], whose values are checked only where the host has to know them; [B] only where levels
+                are one operation, which they are not before k-means.
             return_statistics: also return a `CodeUsage`.
 
         Returns:
