@@ -39,6 +39,8 @@ CXX_FLAGS = [
     # GCC 12 reports its own AVX-512 headers (GCC bug 105593).
     "-Wno-maybe-uninitialized",
     "-Wno-unknown-warning-option",
+    # Vectors wider than the instruction set's are passed to functions that are always inlined.
+    "-Wno-psabi",
 ]
 CAPABILITY_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

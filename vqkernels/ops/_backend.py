@@ -23,6 +23,9 @@ BACKENDS = ("native", "triton", "reference")
 
 library = torch.library.Library("vqkernels", "DEF")
 
+# Operations that no build has CUDA kernels for: Triton serves them there.
+without_cuda_kernels: set[str] = set()
+
 _default_backend = os.environ.get("VQKERNELS_BACKEND") or None
 
 
@@ -35,11 +38,12 @@ def build_info() -> dict[str, str]:
     return _C.build_info()
 
 
-def define(schema: str, shape_rule: Callable[..., Any]) -> None:
+def define(schema: str, shape_rule: Callable[..., Any], *, cuda_kernels: bool = True) -> None:
     """Defines an operation of `torch.ops.vqkernels` with its rule for fake (meta) tensors.
 
     Arguments that the schema declares as mutated get their version counters bumped. Where the native library has no
-    CUDA kernels, the Triton function of the same name serves CUDA tensors.
+    CUDA kernels, and for operations that have none in any build (`cuda_kernels=False`), the Triton function of the
+    same name serves CUDA tensors.
     """
     name = schema.split("(")[0]
     library.define(schema)
@@ -48,7 +52,10 @@ def define(schema: str, shape_rule: Callable[..., Any]) -> None:
     mutated = [i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write]
     if mutated:
         library.impl(name, _bump_versions(overload, mutated), "ADInplaceOrView", with_keyset=True)
-    if not build_info()["cuda"]:
+    if not cuda_kernels:
+        without_cuda_kernels.add(name)
+        library.impl(name, lambda *args: triton_function(name)(*args), "CUDA")
+    elif not build_info()["cuda"]:
         library.impl(name, _triton_instead(name), "CUDA")
 
 
@@ -81,11 +88,13 @@ def triton_function(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"vqkernels.triton.{file}"), name)
 
 
-def why_unavailable(backend: str, device_type: str) -> str | None:
+def why_unavailable(backend: str, device_type: str, *, cuda_kernels: bool = True) -> str | None:
     """Why `backend` cannot serve tensors of `device_type` here; None where it can."""
     if backend == "reference":
         return None
     if backend == "native":
+        if device_type == "cuda" and not cuda_kernels:
+            return "this operation has no native CUDA kernels; Triton serves it there"
         if device_type == "cpu" or (device_type == "cuda" and build_info()["cuda"]):
             return None
         if device_type == "cuda":
@@ -98,8 +107,10 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     return f"Triton runs on cuda, or on {device_type} in its interpreter (TRITON_INTERPRET=1, set before import)"
 
 
-def resolve(backend: str | None, tensor: torch.Tensor) -> str | None:
+def resolve(backend: str | None, tensor: torch.Tensor, *, cuda_kernels: bool = True) -> str | None:
     """The backend that serves a call on `tensor`; None: whatever is registered for its device.
+
+    `cuda_kernels` is False for operations that no native library has CUDA kernels for.
 
     Raises:
         ValueError: the backend has no such name.
@@ -113,7 +124,7 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str | None:
         raise RuntimeError(f'no kernels for device "{device_type}"; backend="reference" runs there')
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_unavailable(backend, device_type)
+    reason = why_unavailable(backend, device_type, cuda_kernels=cuda_kernels)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot serve this call: {reason}')
     return backend
