@@ -193,9 +193,10 @@ def compare_subject(subject: Subject, steps: int) -> Agreement:
         AssertionError: a code differs that may not, or an output, a gradient or the state exceeds the budget.
     """
     fused, original, truth = (copy.deepcopy(subject.model) for _ in range(3))
-    report = vqkernels.fuse(fused, verbose=False)
+    # The blocks around a quantizer stay as they are: its input is the original's but for what it does itself.
+    report = vqkernels.fuse(fused, numerics="eager", verbose=False)
     assert report.fused
-    assert not report.left
+    assert all("rounds otherwise than the original" in module.reason for module in report.left)
     with recorded() as searches:
         results = run(fused, subject, steps)
     assert searches

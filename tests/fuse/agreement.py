@@ -58,9 +58,14 @@ def run(module, x, weights):
 
 
 class Errors:
-    """Squared errors of original and fused against float64, pooled by name over many calls."""
+    """Squared errors of original and fused against float64, pooled by name over many calls.
 
-    def __init__(self):
+    Args:
+        eps: of the dtype that results are rounded to.
+    """
+
+    def __init__(self, eps=EPS):
+        self.eps = eps
         self.sums = {}
 
     def add(self, original, fused, truth):
@@ -91,7 +96,7 @@ class Errors:
         """Fused is at most twice as far from the truth as the original, plus one rounding; both root mean square."""
         for name, sums in self.sums.items():
             original, fused, size, _ = sums.sqrt().tolist()
-            assert fused <= 2 * original + EPS * size, f"{name}: {fused} against {original}, {size}"
+            assert fused <= 2 * original + self.eps * size, f"{name}: {fused} against {original}, {size}"
 
 
 def compare(original, fused, truth, inputs, steps=20, synchronised=True):

@@ -69,6 +69,18 @@ def test_only_modules(model):
             function(model)
 
 
+@pytest.mark.parametrize("numerics", ["fp16", None, 32])
+def test_only_known_numerics(numerics):
+    for function in (fuse, vqkernels.fuse.fuse):
+        with pytest.raises(ValueError, match=rf'numerics: expected "fp32" or "eager", got {numerics!r}'):
+            function(quantizer(), numerics=numerics)
+
+
+def test_quantizers_serve_both_numerics():
+    for numerics in ("fp32", "eager"):
+        assert fuse(quantizer(), numerics=numerics, verbose=False).fused
+
+
 def test_report(capsys):
     class Mine(VectorQuantizer):
         pass
@@ -86,7 +98,7 @@ def test_report(capsys):
     assert again.fused == ()
     assert [m.reason for m in again.left if m.name == "a"] == ["it is fused already"]
     assert not capsys.readouterr().out
-    assert str(fuse(nn.Linear(2, 2), verbose=False)) == "vqkernels.fuse: no quantizer found"
+    assert str(fuse(nn.Linear(2, 2), verbose=False)) == "vqkernels.fuse: nothing to fuse found"
     assert "(model)" in str(fuse(quantizer(), verbose=False))
 
 
@@ -248,7 +260,7 @@ def test_hooks_are_called():
 
 def test_methods_come_with_the_arguments_of_the_original():
     for recipe in vqkernels.fuse.RECIPES:
-        if recipe.by_shape or "higgs" in recipe.class_path:
+        if recipe.by_shape or recipe.library == "vqkernels" or "higgs" in recipe.class_path:
             continue
         module, _, name = recipe.class_path.rpartition(".")
         try:
@@ -259,7 +271,9 @@ def test_methods_come_with_the_arguments_of_the_original():
         assert _recipes.source_hash(cls, recipe.uses) in recipe.sources
         for method, function in recipe.methods.items():
             original = inspect.signature(getattr(cls, method)).parameters
-            ours = inspect.signature(function).parameters
+            ours = dict(inspect.signature(function).parameters)
+            numerics = ours.pop("numerics", None)
+            assert numerics is None or numerics.kind is inspect.Parameter.KEYWORD_ONLY
             assert list(ours) == list(original)
             assert [p.default for p in ours.values()] == [p.default for p in original.values()]
 

@@ -1,6 +1,7 @@
 """The models of other packages, built from their configurations, fused and compared with the originals."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -94,7 +95,9 @@ def test_pickles_of_fused_modules(name):
     for fused in report.fused:
         module = model.get_submodule(fused.name)
         twin = pickle.loads(pickle.dumps(module))
-        methods = {key: value for key, value in module.__dict__.items() if key not in twin.__dict__ or callable(value)}
+        methods = {key: value for key, value in module.__dict__.items() if isinstance(value, functools.partial)}
+        assert methods
+        assert module.__dict__.keys() == twin.__dict__.keys()
         for key, method in methods.items():
             assert twin.__dict__[key].func is method.func
             assert twin.__dict__[key].args == (twin,)

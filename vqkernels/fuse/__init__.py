@@ -1,4 +1,4 @@
-"""Other people's quantizers on the fused operations: `vqkernels.fuse(model)`.
+"""Other people's quantizers and denoising blocks on the fused operations: `vqkernels.fuse(model)`.
 
 One file a library says what is replaced. The package is also the function: `vqkernels.fuse(model)` calls `fuse` below.
 """
@@ -14,6 +14,9 @@ from vqkernels.fuse import (
     _recipes,
     descript_audio_codec,
     diffusers,
+    diffusers_attention,
+    diffusers_autoencoders,
+    diffusers_transformers,
     encodec,
     left_alone,
     llamagen,
@@ -24,6 +27,7 @@ from vqkernels.fuse import (
     titok,
     transformers,
     vector_quantize_pytorch,
+    vqkernels,
     zalandoresearch,
 )
 from vqkernels.fuse._recipes import Recipe
@@ -34,6 +38,9 @@ __all__ = ["FusedModule", "FusionReport", "LeftModule", "fuse", "unfuse"]
 RECIPES: tuple[Recipe, ...] = (
     *vector_quantize_pytorch.RECIPES,
     *diffusers.RECIPES,
+    *diffusers_transformers.RECIPES,
+    *diffusers_attention.RECIPES,
+    *diffusers_autoencoders.RECIPES,
     *transformers.RECIPES,
     *encodec.RECIPES,
     *descript_audio_codec.RECIPES,
@@ -44,6 +51,7 @@ RECIPES: tuple[Recipe, ...] = (
     *llamagen.RECIPES,
     *titok.RECIPES,
     *simvq.RECIPES,
+    *vqkernels.RECIPES,
     *left_alone.RECIPES,
 )
 
@@ -51,20 +59,24 @@ _QUANTIZER_NAME = re.compile(r"quantiz|codebook|vq", re.IGNORECASE)
 _CODEBOOK_NAME = re.compile(r"embed|codebook", re.IGNORECASE)
 
 
-def fuse(model: nn.Module, *, verbose: bool = True) -> FusionReport:
-    """Puts the quantizers of a model on the fused operations, in place, instance by instance.
+def fuse(model: nn.Module, *, numerics: str = "fp32", verbose: bool = True) -> FusionReport:
+    """Puts the quantizers and denoising blocks of a model on the fused operations, in place, instance by instance.
 
-    Search, gather and statistics of every quantizer that is known change; parameters, buffers, hooks, the state_dict
-    and the training behaviour stay. Codes are equal except where two are nearer to each other than the original's own
-    rounding. A class is known by a hash of its source: another version, a subclass, and what was patched before are
-    left alone, with the reason in the report. A fused model can be deep-copied, pickled and compiled; a shallow copy,
-    such as nn.DataParallel makes for each device, runs on the tensors of the module that it is a copy of. In evaluation
-    a row of NaN comes out of several levels as NaN, where originals add up codes.
+    Search, gather and statistics of every quantizer that is known change, and norms, modulations, gates, activations
+    and rotations of blocks; parameters, buffers, hooks, the state_dict and the training behaviour stay. Codes are equal
+    except where two are nearer to each other than the original's own rounding. A class is known by a hash of its
+    source: another version, a subclass, and what was patched before are left alone, with the reason in the report. A
+    fused model can be deep-copied, pickled and compiled; a shallow copy, such as nn.DataParallel makes for each device,
+    runs on the tensors of the module that it is a copy of. In evaluation a row of NaN comes out of several levels as
+    NaN, where originals add up codes.
 
     What is known by its shape is tried on a copy, and may call collectives: in a distributed run call this everywhere.
 
     Args:
         model: any module; a shared submodule counts once.
+        numerics: how denoising blocks round. "fp32": once, at the end of every fused operation. "eager": where the
+            original rounds, so that outputs and gradients equal the original's bit for bit on the same device; what
+            cannot be is left as it was.
         verbose: print the report.
 
     Returns:
@@ -72,15 +84,18 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> FusionReport:
 
     Raises:
         TypeError: model is not a module.
+        ValueError: numerics is neither.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if numerics not in _recipes.NUMERICS:
+        raise ValueError(f'numerics: expected "fp32" or "eager", got {numerics!r}')
     chosen: list[tuple[nn.Module, Recipe]] = []
     fused: list[FusedModule] = []
     left: list[LeftModule] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
-        outcome = _choose(module)
+        outcome = _choose(module, numerics)
         if isinstance(outcome, Recipe):
             chosen.append((module, outcome))
             fused.append(FusedModule(name, kind, outcome.library))
@@ -94,7 +109,7 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> FusionReport:
         and not any(_is_within(other, name) or _is_within(name, other) for other in known)
     ]
     for module, recipe in chosen:
-        _recipes.bind(recipe, module)
+        _recipes.bind(recipe, module, numerics)
     report = FusionReport(tuple(fused), tuple(left), functools.partial(_restore, [module for module, _ in chosen]))
     if verbose:
         print(report)
@@ -121,8 +136,8 @@ def _restore(modules: list[nn.Module]) -> None:
                 module.__dict__[name] = MethodType(getattr(type(module), method), module)
 
 
-def _choose(module: nn.Module) -> Recipe | str | None:
-    """The recipe for a module, why it is left alone, or None where it is none of the quantizers that are known."""
+def _choose(module: nn.Module, numerics: str) -> Recipe | str | None:
+    """The recipe for a module, why it is left alone, or None where it is nothing that is known."""
     if _recipes.bound_names(module):
         return "it is fused already"
     cls = type(module)
@@ -134,7 +149,9 @@ def _choose(module: nn.Module) -> Recipe | str | None:
         candidates = [r for r in RECIPES if r.by_shape and r.concerns(cls)]
     reasons = []
     for recipe in candidates:
-        reason = _recipes.why_not(recipe, module)
+        if not recipe.has_work(module):
+            continue
+        reason = _recipes.why_not(recipe, module, numerics)
         if reason is None:
             return recipe
         if reason not in reasons:
@@ -159,8 +176,8 @@ def _is_within(name: str, other: str) -> bool:
 class _CallableModule(ModuleType):
     """So that `vqkernels.fuse` is the function, whichever of package and attribute an import binds last."""
 
-    def __call__(self, model: nn.Module, *, verbose: bool = True) -> FusionReport:
-        return fuse(model, verbose=verbose)
+    def __call__(self, model: nn.Module, *, numerics: str = "fp32", verbose: bool = True) -> FusionReport:
+        return fuse(model, numerics=numerics, verbose=verbose)
 
 
 _CallableModule.__call__.__doc__ = fuse.__doc__

@@ -1,4 +1,4 @@
-"""What is known of other people's quantizers, and how an instance of one is told apart, changed and restored."""
+"""What is known of the modules that are fused, and how an instance of one is told apart, changed and restored."""
 
 import functools
 import hashlib
@@ -14,10 +14,16 @@ from typing import Any
 
 from torch import nn
 
+NUMERICS = ("fp32", "eager")
+
 _INDENTATION = (tokenize.tok_name[tokenize.INDENT], tokenize.tok_name[tokenize.DEDENT])
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 _FSTRING_START = getattr(tokenize, "FSTRING_START", None)  # Python 3.12 and later
 _FSTRING_END = getattr(tokenize, "FSTRING_END", None)
+
+
+def _always(module: nn.Module) -> bool:
+    return True
 
 
 def _fuse_always(module: nn.Module) -> str | None:
@@ -32,11 +38,15 @@ class Recipe:
         library: the distribution that the class comes from.
         class_path: "package.module.Class"; or "Class" alone for classes of that name wherever they are defined, which
             are then judged by `refuse` alone.
-        methods: by name, the function (self, ...) that takes the place of the method.
-        sources: what `source_hash` gives for the versions that this was written for; empty for classes by name.
+        methods: by name, the function (self, ...) that takes the place of the method; it is told the numerics where it
+            has a keyword-only argument of that name.
+        sources: what `source_hash` gives for the versions that this was written for; empty for classes by name and for
+            those of this package, whose source is not in question.
         versions: these versions, for the reader of a report.
         uses: functions and classes of the class's module whose source counts as part of it.
+        has_work: whether there is something to fuse in an instance; others are not even reported.
         refuse: why an instance cannot be fused, or None.
+        numerics: which of "fp32" and "eager" it serves; the second promises the bits of the original.
     """
 
     library: str
@@ -45,7 +55,9 @@ class Recipe:
     sources: frozenset[str] = frozenset()
     versions: str = ""
     uses: tuple[str, ...] = ()
+    has_work: Callable[[Any], bool] = field(default=_always)
     refuse: Callable[[Any], str | None] = field(default=_fuse_always)
+    numerics: tuple[str, ...] = NUMERICS
 
     @property
     def by_shape(self) -> bool:
@@ -156,11 +168,13 @@ def why_not_class(recipe: Recipe, cls: type) -> str | None:
     return None if replaced is None else f"{replaced}() of its class has been replaced"
 
 
-def why_not(recipe: Recipe, module: nn.Module) -> str | None:
+def why_not(recipe: Recipe, module: nn.Module, numerics: str = "fp32") -> str | None:
     """Why a module, whose class a recipe concerns, cannot be fused with it; None where it can."""
     reason = why_not_class(recipe, type(module))
     if reason is not None:
         return reason
+    if numerics not in recipe.numerics:
+        return f'fused, it rounds otherwise than the original, which numerics="{numerics}" rules out'
     replaced = [name for name in recipe.methods if name in module.__dict__]
     if replaced:
         return f"{replaced[0]}() of this module has been replaced"
@@ -170,10 +184,16 @@ def why_not(recipe: Recipe, module: nn.Module) -> str | None:
     return recipe.refuse(module)
 
 
-def bind(recipe: Recipe, module: nn.Module) -> None:
+def takes_numerics(function: Callable[..., Any]) -> bool:
+    """Whether a function of a recipe is told the numerics."""
+    return "numerics" in inspect.signature(function).parameters
+
+
+def bind(recipe: Recipe, module: nn.Module, numerics: str = "fp32") -> None:
     # partial, not MethodType: it can be pickled under any name, and torch.compile traces and guards it alike.
     for name, function in recipe.methods.items():
-        module.__dict__[name] = functools.partial(function, module)
+        arguments = {"numerics": numerics} if takes_numerics(function) else {}
+        module.__dict__[name] = functools.partial(function, module, **arguments)
 
 
 def _is_ours(value: Any) -> bool:

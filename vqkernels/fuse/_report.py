@@ -14,7 +14,7 @@ class FusedModule(NamedTuple):
 
 
 class LeftModule(NamedTuple):
-    """A quantizer that stays as it was: its path in the model, its class, and why."""
+    """A quantizer or block that stays as it was: its path in the model, its class, and why."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class FusionReport:
 
     Attributes:
         fused: the modules that changed.
-        left: the quantizers that did not, with reasons.
+        left: the quantizers and blocks that did not, with reasons.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FusionReport:
 
     def __str__(self) -> str:
         if not self.fused and not self.left:
-            return "vqkernels.fuse: no quantizer found"
+            return "vqkernels.fuse: nothing to fuse found"
         rows = [("fused", m.name or "(model)", m.kind, m.library) for m in self.fused]
         rows += [("left", m.name or "(model)", m.kind, m.reason) for m in self.left]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
