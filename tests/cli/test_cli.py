@@ -167,7 +167,7 @@ def test_colours_are_those_of_the_patches():
     ("arguments", "message"),
     [
         ([], "required"),
-        (["train"], "invalid choice"),
+        (["teach"], "invalid choice"),
         (["demo", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
         (["demo", "--batch-size", "many"], "--batch-size: expected an integer of at least 1, got 'many'"),
         (["demo", "--images", "1798"], "--images: expected an integer from 60 to 1797, got '1798'"),

@@ -46,6 +46,7 @@ def test_other_files_are_refused(tmp_path):
     content = (tmp_path / "model.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_bytes(b"text")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     record = {"format": "vqkernels.models.VQVAE", "config": model.config, "state_dict": {}}
@@ -53,7 +54,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save(record | {"config": {"codes": 3}}, tmp_path / "without_config.pt")
     torch.save({"format": "vqkernels.models.VQVAE"}, tmp_path / "nothing.pt")
     paths = [path for path in tmp_path.iterdir() if path.name != "model.pt"]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         with pytest.raises(ValueError, match=rf"{path.name}: expected a checkpoint of vqkernels\.models\.VQVAE"):
             load_checkpoint(path)

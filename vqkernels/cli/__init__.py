@@ -1,25 +1,11 @@
-"""The command line, `python -m vqkernels`: `info`, `demo` and `encode`."""
+"""The command line, `python -m vqkernels`: `info`, `demo`, `encode`, `train` and `sample`."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from vqkernels.cli import demo, encode, info
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
+from vqkernels.cli import demo, encode, info, sample, train
+from vqkernels.cli._arguments import DEVICE, THREADS, integer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,18 +24,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=demo.run)
-    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: cuda where there is one")
-    command.add_argument("--steps", type=_integer(1), default=400, help="training steps of each model")
-    command.add_argument("--batch-size", type=_integer(1), default=256, help="images in a step")
+    command.add_argument("--device", default="auto", help=DEVICE)
+    command.add_argument("--steps", type=integer(1), default=400, help="training steps of each model")
+    command.add_argument("--batch-size", type=integer(1), default=256, help="images in a step")
     command.add_argument(
         "--images",
-        type=_integer(demo.FEWEST_IMAGES, demo.MOST_IMAGES),
+        type=integer(demo.FEWEST_IMAGES, demo.MOST_IMAGES),
         default=demo.MOST_IMAGES,
         help=f"images to use, at least {demo.FEWEST_IMAGES}, a sixth of them held out",
     )
-    command.add_argument("--codes", type=_integer(2), default=512, help="codes in the codebook")
-    command.add_argument("--seed", type=_integer(0, 2**31 - 1), default=0, help="of weights, batches and revived codes")
-    command.add_argument("--threads", type=_integer(0, 1024), default=0, help="CPU threads; 0: torch's choice")
+    command.add_argument("--codes", type=integer(2), default=512, help="codes in the codebook")
+    command.add_argument("--seed", type=integer(0, 2**31 - 1), default=0, help="of weights, batches and revived codes")
+    command.add_argument("--threads", type=integer(0, 1024), default=0, help=THREADS)
     command.add_argument("--out", default="demo", help="folder for demo.png, metrics.json and model.pt")
 
     command = commands.add_parser(
@@ -62,9 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, help="folder of images, or of audio: .wav, .npy or .npz")
     command.add_argument("--out", required=True, help="folder for the codes; what it holds of this model is kept")
     command.add_argument("--model", help="file written by the demo or by vqkernels.models.save_checkpoint")
-    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: cuda where there is one")
-    command.add_argument("--threads", type=_integer(0, 1024), default=0, help="CPU threads; 0: torch's choice")
+    command.add_argument("--device", default="auto", help=DEVICE)
+    command.add_argument("--threads", type=integer(0, 1024), default=0, help=THREADS)
     command.add_argument("--overwrite", action="store_true", help="encode everything again, also for another model")
+
+    train.add_parser(commands)
+    sample.add_parser(commands)
     return parser
 
 
@@ -72,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, 1 where `encode` could not read a file, or 130 where the user interrupted.
+        The exit code: 0, 1 where `encode` could not read a file, or 128 plus the number of the signal that has stopped
+            the command.
 
     Raises:
         SystemExit: with 2 for bad arguments, with a message (exit code 1) where the command cannot run.

@@ -63,14 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{names} written; {time.perf_counter() - start:.0f} s in all")
 
 
-def require(*packages: str, command: str = "demo") -> None:
-    """Imports packages of the extra that has the command's name."""
+def require(*packages: str, command: str = "demo", extra: str | None = None) -> None:
+    """Imports packages of an extra, by default the one that has the command's name."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
             name = "pillow" if package == "PIL" else package
-            message = f'the {command} needs {name} ({error}): pip install "vqkernels[{command}]"'
+            message = f'the {command} needs {name} ({error}): pip install "vqkernels[{extra or command}]"'
             raise SystemExit(message) from None
 
 

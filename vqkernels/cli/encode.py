@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             "encode needs a model, --model FILE: `python -m vqkernels demo --out demo` trains one and writes "
             "demo/model.pt; vqkernels.models.save_checkpoint writes any VQVAE"
         )
-    require("numpy", "rich", command="encode")
+    require("numpy", "rich", command="encode", extra="demo")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(arguments.device)
     if device.type == "cuda" and device.index is None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, description = _load(Path(arguments.model), device)
     if model.dimensions == 2:
-        require("PIL", command="encode")
+        require("PIL", command="encode", extra="demo")
     data, out = Path(arguments.data), writable_folder(arguments.out)
     inputs = find_inputs(data, out, model.dimensions)
     with _interruptible(), _processes(processes) as gather:

@@ -11,7 +11,7 @@ import torch
 
 import vqkernels
 from vqkernels import _C, ops
-from vqkernels.ops._backend import BACKENDS, why_unavailable
+from vqkernels.ops._backend import BACKENDS, why_unavailable, without_cuda_kernels
 
 DEVICE_TYPES = ("cpu", "cuda")
 
@@ -28,7 +28,8 @@ def operations() -> list[str]:
 
 def why_not(operation: str, backend: str, device_type: str) -> str | None:
     """Why `backend` cannot serve `operation` on `device_type` in this process; None where it can."""
-    reason = why_unavailable(backend, device_type)
+    cuda_kernels = operation not in without_cuda_kernels
+    reason = why_unavailable(backend, device_type, cuda_kernels=cuda_kernels)
     if reason is not None:
         return reason
     if device_type == "cuda" and not torch.cuda.is_available():

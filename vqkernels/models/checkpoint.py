@@ -17,6 +17,7 @@ FORMAT = "vqkernels.models.VQVAE"
 # What torch raises for a file that is no checkpoint, and the model for one of another model.
 UNREADABLE = (
     EOFError,
+    IndexError,
     KeyError,
     OSError,
     RuntimeError,

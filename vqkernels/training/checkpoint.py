@@ -1,0 +1,56 @@
+"""Checkpoints of training runs: Lightning's, with the configuration and what sampling needs beside it."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from vqkernels.training.config import TrainingConfig
+
+FORMAT = "vqkernels.training"
+NAME = "checkpoint.ckpt"
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def record(model: str, config: TrainingConfig, **content: Any) -> dict[str, Any]:
+    """What a Lightning module adds to its checkpoint: `on_save_checkpoint` puts it under the key of FORMAT."""
+    return {"model": model, "config": dataclasses.asdict(config), **content}
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], model: str, config: type[Config], *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Any], Config]:
+    """The content of a checkpoint of a run of this model, read without running code of the file, and its configuration.
+
+    Args:
+        path: of the file.
+        model: the name that `record` was given.
+        config: class of the configuration.
+        device: for its tensors.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it holds something else.
+    """
+    file = io.BytesIO(Path(path).read_bytes())
+    try:
+        content: Any = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get(FORMAT), dict):
+            raise ValueError("no such record")
+        if content[FORMAT]["model"] != model:
+            raise ValueError(f"it is one of {content[FORMAT]['model']!r}")
+        if not isinstance(content["global_step"], int) or not isinstance(content["state_dict"], dict):
+            raise ValueError("it is incomplete")
+        return content, config(**content[FORMAT]["config"])
+    except Exception as error:  # bytes that are no checkpoint lead torch's unpickler to almost any of them
+        raise ValueError(refusal(path, model, error)) from error
+
+
+def refusal(path: str | os.PathLike[str], model: str, error: Exception) -> str:
+    """What to say of a file that is no checkpoint of the model."""
+    reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    return f"{path}: expected a checkpoint of a training run of {model!r}, got something else ({reason[0]})"
