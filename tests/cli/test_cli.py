@@ -49,7 +49,7 @@ def test_info_says_what_runs_where(capsys):
         assert cells["native/cpu"] == cells["reference/cpu"] == "yes"
         assert (cells["reference/cuda"] == "yes") == torch.cuda.is_available()
         for cell in cells.values():
-            if cell.startswith("no"):
+            if cell.startswith("no ["):
                 assert reasons[cell.removeprefix("no ")]
 
 
