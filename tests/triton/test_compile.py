@@ -4,62 +4,12 @@ import re
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from vqkernels.triton.code_statistics import code_statistics
 from vqkernels.triton.ema_update import ema_update_
 from vqkernels.triton.residual_quantize import residual_quantize, residual_quantize_backward, residual_statistics
 from vqkernels.triton.topk_codes import topk_codes
 from vqkernels.triton.vector_quantize import vector_quantize, vector_quantize_backward
-
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Launches compile instead; returns the PTX by kernel, signature and constants."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    programs = {}
-
-    def launch(self, *args, grid, warmup, capability, **options):
-        bound = dict(zip(self.arg_names, args, strict=False))
-        bound |= {name: options.pop(name) for name in self.arg_names if name in options}
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.params):
-            value = bound[parameter.name]
-            divisible = not isinstance(value, int) or value % 16 == 0
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name] = "constexpr"
-                constants[parameter.name] = value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = POINTERS[value.dtype]
-            else:
-                assert isinstance(value, int | float)
-                signature[parameter.name] = parameter.annotation_type
-                assert signature[parameter.name] == ("i64" if isinstance(value, int) else "fp32")
-            if signature[parameter.name] not in ("constexpr", "fp32") and divisible and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        key = (self.__name__, str(signature), str(constants), str(attributes))
-        if key not in programs:
-            source = ASTSource(self, signature, constants, attributes)
-            target = GPUTarget("cuda", capability, 32)
-            programs[key] = triton.compile(source, target=target, options=options).asm["ptx"]
-
-    def for_capability(capability):
-        monkeypatch.setattr(JITFunction, "run", lambda *args, **kw: launch(*args, capability=capability, **kw))
-        return programs
-
-    return for_capability
 
 
 @pytest.mark.parametrize(
@@ -104,8 +54,8 @@ def test_compiles(capability, dtype, dim, compiled):
         "_update_codes_kernel",
         "_update_sizes_kernel",
     }
-    for ptx in programs.values():
-        instructions = set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", ptx, re.MULTILINE))
+    for program in programs.values():
+        instructions = set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", program.ptx, re.MULTILINE))
         assert any(i.startswith("st.global") for i in instructions)
         # Neither tensor cores, nor atomics, nor anything approximate or flushed to zero.
         assert not [i for i in instructions if re.search(r"mma|tf32|^atom|^red\.|approx|ftz|div\.full", i)]
