@@ -1,0 +1,582 @@
+"""Normalisation and rotation of queries and keys, and their gradients: the formulas of csrc/cpu/qk_norm_rope.h."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqkernels.reference._checks import FLOAT_TYPES, check_device, check_shape, check_tensor
+from vqkernels.triton._checks import check_like
+from vqkernels.triton.arithmetic import divide, load_as, narrow, square_root
+
+# Numbers of x that a program holds at a time, where the norm leaves a choice.
+_TILE = 2048
+
+# Programs at most among which positions are divided where they are summed over.
+_PROGRAMS = 1024
+
+
+@triton.jit
+def _load_pairs(
+    rows: tl.tensor,  # [ROWS], pointers to rows of 2 * PAIRS numbers
+    inside: tl.tensor,  # [ROWS]
+    dtype: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """First and second numbers of the pairs, [ROWS, BLOCK] each, 0 outside."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)
+        x = load_as(rows[:, None] + column[None, :], inside[:, None] & (column < 2 * PAIRS)[None, :], dtype)
+        return tl.split(tl.reshape(x, (ROWS, BLOCK, 2)))
+    else:
+        column = tl.arange(0, BLOCK)
+        here = inside[:, None] & (column < PAIRS)[None, :]
+        first = rows[:, None] + column[None, :]
+        return load_as(first, here, dtype), load_as(first + PAIRS, here, dtype)
+
+
+@triton.jit
+def _store_pairs(
+    rows: tl.tensor,
+    inside: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Stores pairs where `_load_pairs` would load them."""
+    a, b = narrow(a, rows.dtype.element_ty), narrow(b, rows.dtype.element_ty)
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)
+        x = tl.reshape(tl.join(a, b), (ROWS, 2 * BLOCK))
+        tl.store(rows[:, None] + column[None, :], x, mask=inside[:, None] & (column < 2 * PAIRS)[None, :])
+    else:
+        column = tl.arange(0, BLOCK)
+        here = inside[:, None] & (column < PAIRS)[None, :]
+        first = rows[:, None] + column[None, :]
+        tl.store(first, a, mask=here)
+        tl.store(first + PAIRS, b, mask=here)
+
+
+@triton.jit
+def _rest(
+    rows: tl.tensor, inside: tl.tensor, PAIRS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Pointers to the REST numbers behind the pairs, [rows, BLOCK], and which of them there are."""
+    column = tl.arange(0, BLOCK)
+    return rows[:, None] + 2 * PAIRS + column[None, :], inside[:, None] & (column < REST)[None, :]
+
+
+@triton.jit
+def _total(a: tl.tensor, b: tl.tensor, c: tl.tensor, ACROSS: tl.constexpr) -> tl.tensor:
+    """Sums of heads, or of all heads, [heads]."""
+    total = tl.sum(a, axis=1) + tl.sum(b, axis=1) + tl.sum(c, axis=1)
+    if ACROSS:
+        total = tl.zeros_like(total) + tl.sum(total, axis=0)
+    return total
+
+
+@triton.jit
+def _statistics(
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    pair_inside: tl.tensor,
+    rest_inside: tl.tensor,
+    count: tl.tensor,  # of numbers that share a norm
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    ACROSS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Mean and factor of the norm (l2: the divisor), and what sum(h n) counts for in the gradient, [heads] each."""
+    one = tl.full((a.shape[0],), 1.0, a.dtype)
+    mean, scale, along = one - one, one, one - one
+    if NORM != "none":
+        number = one * count.to(a.dtype)
+        if NORM == "layer":
+            mean = divide(_total(a, b, c, ACROSS), number)
+            a = tl.where(pair_inside, a - mean[:, None], 0.0)
+            b = tl.where(pair_inside, b - mean[:, None], 0.0)
+            c = tl.where(rest_inside, c - mean[:, None], 0.0)
+        square = _total(a * a, b * b, c * c, ACROSS)
+        if NORM == "l2":
+            norm = square_root(square)
+            small = norm < EPS
+            scale = tl.where(small, one * EPS, norm)
+            along = tl.where(small, 0.0, one)
+        else:
+            scale = divide(one, square_root(divide(square, number) + EPS))
+            along = divide(one, number)
+    return mean, scale, along
+
+
+@triton.jit
+def _scaled(x: tl.tensor, scale: tl.tensor, NORM: tl.constexpr) -> tl.tensor:
+    """[heads, n] by the factors [heads]."""
+    return divide(x, tl.zeros_like(x) + scale[:, None]) if NORM == "l2" else x * scale[:, None]
+
+
+@triton.jit
+def _rounded(x: tl.tensor, type: tl.constexpr, EAGER: tl.constexpr) -> tl.tensor:
+    return narrow(x, type).to(x.dtype) if EAGER else x
+
+
+@triton.jit
+def _load_table(row: tl.tensor, PAIRS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    column = tl.arange(0, BLOCK)
+    return tl.load(row + column, mask=column < PAIRS, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def _norm_rope_kernel(
+    x: tl.tensor,  # [batch, length, heads, dim]
+    weight: tl.tensor,  # [heads or 1, dim] or None
+    bias: tl.tensor,  # like weight
+    cos: tl.tensor,  # [batch or 1, length, PAIRS] or None
+    sin: tl.tensor,
+    factor: tl.tensor,  # [batch, length, heads or 1] or None
+    out: tl.tensor,  # like x
+    length: tl.int64,
+    heads: tl.int64,
+    x_batch: tl.int64,
+    x_position: tl.int64,
+    x_head: tl.int64,
+    out_batch: tl.int64,
+    out_position: tl.int64,
+    out_head: tl.int64,
+    table_batch: tl.int64,
+    table_position: tl.int64,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    ACROSS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PARAMETER_STRIDE: tl.constexpr,  # dim, or 0 where heads share parameters
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    dtype: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    batch, position = row // length, row % length
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    inside = head < heads
+    pair_inside = inside[:, None] & (tl.arange(0, BLOCK) < PAIRS)[None, :]
+    type: tl.constexpr = x.dtype.element_ty
+    eager: tl.constexpr = factor is not None
+
+    x_rows = x + batch * x_batch + position * x_position + head * x_head
+    a, b = _load_pairs(x_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+    rest, rest_inside = _rest(x_rows, inside, PAIRS, REST, REST_BLOCK)
+    c = load_as(rest, rest_inside, dtype)
+    if eager:
+        place = row + tl.zeros_like(head) if ACROSS else row * heads + head
+        scale = tl.load(factor + place, mask=inside, other=1.0)
+        mean = tl.zeros_like(scale)
+    else:
+        count = (heads if ACROSS else 1) * (2 * PAIRS + REST)
+        mean, scale, _ = _statistics(a, b, c, pair_inside, rest_inside, count, EPS, NORM, ACROSS)
+    if NORM != "none":
+        a = _rounded(_scaled(a - mean[:, None], scale, NORM), type, eager)
+        b = _rounded(_scaled(b - mean[:, None], scale, NORM), type, eager)
+        c = _rounded(_scaled(c - mean[:, None], scale, NORM), type, eager)
+    if weight is not None:
+        w_rows = weight + head * PARAMETER_STRIDE
+        wa, wb = _load_pairs(w_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        w_rest, _ = _rest(w_rows, inside, PAIRS, REST, REST_BLOCK)
+        a = _rounded(a * wa, type, eager)
+        b = _rounded(b * wb, type, eager)
+        c = _rounded(c * load_as(w_rest, rest_inside, dtype), type, eager)
+    if bias is not None:
+        b_rows = bias + head * PARAMETER_STRIDE
+        ba, bb = _load_pairs(b_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        b_rest, _ = _rest(b_rows, inside, PAIRS, REST, REST_BLOCK)
+        a, b, c = a + ba, b + bb, c + load_as(b_rest, rest_inside, dtype)
+    if cos is not None:
+        place = batch * table_batch + position * table_position
+        along, across = _load_table(cos + place, PAIRS, BLOCK), _load_table(sin + place, PAIRS, BLOCK)
+        a, b = a * along - b * across, b * along + a * across
+    out_rows = out + batch * out_batch + position * out_position + head * out_head
+    _store_pairs(out_rows, inside, a, b, PAIRS, INTERLEAVED, HEADS, BLOCK)
+    rest, _ = _rest(out_rows, inside, PAIRS, REST, REST_BLOCK)
+    tl.store(rest, narrow(c, type), mask=rest_inside)
+
+
+@triton.jit
+def _store_sums(
+    sums: tl.tensor,  # [programs, heads, dim], or [programs, blocks of heads, dim] where heads share parameters
+    program: tl.tensor,
+    head: tl.tensor,
+    inside: tl.tensor,
+    heads: tl.int64,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+) -> None:
+    if SHARED:
+        one = tl.arange(0, 1)
+        rows = sums + (program * tl.num_programs(1) + tl.program_id(1) + one) * (2 * PAIRS + REST)
+        a, b, c = tl.sum(a, axis=0)[None, :], tl.sum(b, axis=0)[None, :], tl.sum(c, axis=0)[None, :]
+        _store_pairs(rows, one == 0, a, b, PAIRS, INTERLEAVED, 1, BLOCK)
+        rest, rest_inside = _rest(rows, one == 0, PAIRS, REST, REST_BLOCK)
+    else:
+        rows = sums + (program * heads + head) * (2 * PAIRS + REST)
+        _store_pairs(rows, inside, a, b, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        rest, rest_inside = _rest(rows, inside, PAIRS, REST, REST_BLOCK)
+    tl.store(rest, c, mask=rest_inside)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_of_program", "length", "heads"])
+def _norm_rope_backward_kernel(
+    grad: tl.tensor,  # [batch, length, heads, dim]
+    x: tl.tensor,
+    weight: tl.tensor,  # [heads or 1, dim] or None
+    cos: tl.tensor,  # [batch or 1, length, PAIRS] or None
+    sin: tl.tensor,
+    grad_x: tl.tensor,
+    weight_sums: tl.tensor,  # see _store_sums, or None
+    bias_sums: tl.tensor,
+    rows: tl.int64,  # batch * length
+    rows_of_program: tl.int64,
+    length: tl.int64,
+    heads: tl.int64,
+    grad_batch: tl.int64,
+    grad_position: tl.int64,
+    grad_head: tl.int64,
+    x_batch: tl.int64,
+    x_position: tl.int64,
+    x_head: tl.int64,
+    out_batch: tl.int64,
+    out_position: tl.int64,
+    out_head: tl.int64,
+    table_batch: tl.int64,
+    table_position: tl.int64,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    ACROSS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SHARED_WEIGHT: tl.constexpr,
+    SHARED_BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    dtype: tl.constexpr,
+) -> None:
+    program = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    inside = head < heads
+    pair_inside = inside[:, None] & (tl.arange(0, BLOCK) < PAIRS)[None, :]
+    count = (heads if ACROSS else 1) * (2 * PAIRS + REST)
+    if weight is not None:
+        w_rows = weight + head * (0 if SHARED_WEIGHT else 2 * PAIRS + REST)
+        wa, wb = _load_pairs(w_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        w_rest, w_inside = _rest(w_rows, inside, PAIRS, REST, REST_BLOCK)
+        wc = load_as(w_rest, w_inside, dtype)
+    weight_a = tl.zeros((HEADS, BLOCK), dtype)
+    weight_b = tl.zeros((HEADS, BLOCK), dtype)
+    weight_c = tl.zeros((HEADS, REST_BLOCK), dtype)
+    bias_a = tl.zeros((HEADS, BLOCK), dtype)
+    bias_b = tl.zeros((HEADS, BLOCK), dtype)
+    bias_c = tl.zeros((HEADS, REST_BLOCK), dtype)
+    for row in range(program * rows_of_program, tl.minimum((program + 1) * rows_of_program, rows)):
+        batch, position = row // length, row % length
+        x_rows = x + batch * x_batch + position * x_position + head * x_head
+        a, b = _load_pairs(x_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        rest, rest_inside = _rest(x_rows, inside, PAIRS, REST, REST_BLOCK)
+        c = load_as(rest, rest_inside, dtype)
+        g_rows = grad + batch * grad_batch + position * grad_position + head * grad_head
+        ga, gb = _load_pairs(g_rows, inside, dtype, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        rest, _ = _rest(g_rows, inside, PAIRS, REST, REST_BLOCK)
+        gc = load_as(rest, rest_inside, dtype)
+        if cos is not None:
+            place = batch * table_batch + position * table_position
+            along, across = _load_table(cos + place, PAIRS, BLOCK), _load_table(sin + place, PAIRS, BLOCK)
+            ga, gb = ga * along + gb * across, gb * along - ga * across
+        if NORM != "none":
+            mean, scale, share = _statistics(a, b, c, pair_inside, rest_inside, count, EPS, NORM, ACROSS)
+            a = tl.where(pair_inside, _scaled(a - mean[:, None], scale, NORM), 0.0)
+            b = tl.where(pair_inside, _scaled(b - mean[:, None], scale, NORM), 0.0)
+            c = tl.where(rest_inside, _scaled(c - mean[:, None], scale, NORM), 0.0)
+        if bias_sums is not None:
+            bias_a += ga
+            bias_b += gb
+            bias_c += gc
+        if weight_sums is not None:
+            weight_a += ga * a
+            weight_b += gb * b
+            weight_c += gc * c
+        if weight is not None:
+            ga, gb, gc = ga * wa, gb * wb, gc * wc
+        if NORM != "none":
+            turn = (_total(ga * a, gb * b, gc * c, ACROSS) * share)[:, None]
+            if NORM == "layer":
+                level = (_total(ga, gb, gc, ACROSS) * share)[:, None]
+                ga, gb, gc = ga - level, gb - level, gc - level
+            ga = _scaled(ga - a * turn, scale, NORM)
+            gb = _scaled(gb - b * turn, scale, NORM)
+            gc = _scaled(gc - c * turn, scale, NORM)
+        out_rows = grad_x + batch * out_batch + position * out_position + head * out_head
+        _store_pairs(out_rows, inside, ga, gb, PAIRS, INTERLEAVED, HEADS, BLOCK)
+        rest, _ = _rest(out_rows, inside, PAIRS, REST, REST_BLOCK)
+        tl.store(rest, narrow(gc, grad_x.dtype.element_ty), mask=rest_inside)
+    if weight_sums is not None:
+        _store_sums(
+            weight_sums,
+            program,
+            head,
+            inside,
+            heads,
+            weight_a,
+            weight_b,
+            weight_c,
+            PAIRS,
+            REST,
+            INTERLEAVED,
+            SHARED_WEIGHT,
+            HEADS,
+            BLOCK,
+            REST_BLOCK,
+        )
+    if bias_sums is not None:
+        _store_sums(
+            bias_sums,
+            program,
+            head,
+            inside,
+            heads,
+            bias_a,
+            bias_b,
+            bias_c,
+            PAIRS,
+            REST,
+            INTERLEAVED,
+            SHARED_BIAS,
+            HEADS,
+            BLOCK,
+            REST_BLOCK,
+        )
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments as the kernels take them."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    factor: Tensor | None
+    table_strides: tuple[int, int]
+    head_blocks: int
+    constants: dict[str, object]
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _inputs(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    factor: Tensor | None,
+    norm: str,
+    across_heads: bool,
+    eps: float,
+    layout: str,
+) -> _Inputs:
+    check_tensor("x", x, FLOAT_TYPES)
+    if x.ndim != 4 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x: expected shape [B, L, H, D] with H and D at least 1, got {list(x.shape)}")
+    batch, length, heads, dim = x.shape
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            shared = parameter.ndim == 2 and parameter.shape[0] == 1
+            check_like(name, parameter, (wide,), (1 if shared else heads, dim), "x", x)
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        weight, bias = weight.expand(heads, dim), bias.expand(heads, dim)
+    torch._check(norm in ("none", "rms", "layer", "l2"), lambda: f"vqkernels: unknown norm {norm}")
+    torch._check(layout in ("interleaved", "half"), lambda: f"vqkernels: unknown layout {layout}")
+    torch._check((cos is None) == (sin is None), lambda: "vqkernels: expected cos and sin, or neither")
+    table_strides = 0, 0
+    pairs = dim // 2
+    if cos is not None and sin is not None:
+        pairs = cos.shape[-1]
+        torch._check(2 * pairs <= dim, lambda: f"vqkernels: expected at most {dim // 2} pairs, got {pairs}")
+        for name, table in (("cos", cos), ("sin", sin)):
+            shared = table.ndim == 3 and table.shape[0] == 1
+            check_like(name, table, (wide,), (1 if shared else batch, length, pairs), "x", x)
+        check_shape("sin", sin, tuple(cos.shape), "cos", cos)
+        cos, sin = _dense_rows(cos), _dense_rows(sin)
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        table_strides = 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1)
+    if factor is not None:
+        check_like("factor", factor, (wide,), (batch, length, 1 if across_heads else heads, 1), "x", x)
+        factor = factor.contiguous()
+    block, rest = triton.next_power_of_2(max(pairs, 1)), dim - 2 * pairs
+    rest_block = triton.next_power_of_2(max(rest, 1))
+    heads_block = triton.next_power_of_2(heads)
+    if not across_heads:
+        heads_block = min(heads_block, max(1, _TILE // (2 * block + rest_block)))
+    return _Inputs(
+        x=_dense_rows(x),
+        weight=None if weight is None else weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        cos=cos,
+        sin=sin,
+        factor=factor,
+        table_strides=table_strides,
+        head_blocks=triton.cdiv(heads, heads_block),
+        constants={
+            "PAIRS": pairs,
+            "REST": rest,
+            "EPS": eps,
+            "NORM": norm,
+            "ACROSS": across_heads,
+            # Without a rotation any two numbers are a pair: those that are loaded most easily.
+            "INTERLEAVED": layout == "interleaved" and cos is not None,
+            "HEADS": heads_block,
+            "BLOCK": block,
+            "REST_BLOCK": rest_block,
+            "dtype": tl.float64 if wide == torch.float64 else tl.float32,
+            "num_warps": 4 if heads_block * block <= 2048 else 8,
+            "enable_fp_fusion": False,  # products are rounded before they are added up, as on a CPU
+        },
+    )
+
+
+def _output(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is returned, ordered like x, and what a kernel writes: the same where its rows are dense."""
+    out = torch.empty_like(x)
+    return out, out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def qk_norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    factor: Tensor | None,
+    norm: str,
+    across_heads: bool,
+    eps: float,
+    layout: str,
+) -> Tensor:
+    """Normalises and rotates x [B, L, H, D].
+
+    weight and bias [1 or H, D], cos and sin [1 or B, L, R / 2] and factor [B, L, H or (across heads) 1, 1] are of
+    float32 (float64 for float64). With `factor` the roundings are those of torch's expression.
+    """
+    inputs = _inputs(x, weight, bias, cos, sin, factor, norm, across_heads, eps, layout)
+    batch, length, heads, dim = x.shape
+    out, target = _output(x)
+    if x.numel() == 0:
+        return out
+    parameter = inputs.bias if inputs.weight is None else inputs.weight
+    with torch.cuda.device_of(x):
+        _norm_rope_kernel[(batch * length, inputs.head_blocks)](
+            inputs.x,
+            inputs.weight,
+            inputs.bias,
+            inputs.cos,
+            inputs.sin,
+            inputs.factor,
+            target,
+            length,
+            heads,
+            *inputs.x.stride()[:3],
+            *target.stride()[:3],
+            *inputs.table_strides,
+            PARAMETER_STRIDE=0 if parameter is None or parameter.shape[0] == 1 else dim,
+            **inputs.constants,
+        )
+    return out if target is out else out.copy_(target)
+
+
+def qk_norm_rope_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: str,
+    across_heads: bool,
+    eps: float,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias ([0, 0] without), from that of the result of `qk_norm_rope`."""
+    inputs = _inputs(x, weight, bias, cos, sin, None, norm, across_heads, eps, layout)
+    check_tensor("grad", grad, (x.dtype,))
+    check_shape("grad", grad, tuple(x.shape), "x", x)
+    check_device("grad", grad, "x", x)
+    batch, length, heads, dim = x.shape
+    rows = batch * length
+    out, target = _output(x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # A program sums over consecutive positions, the partial sums are added up in float64.
+    programs = rows if weight is None and bias is None else min(rows, max(1, _PROGRAMS // inputs.head_blocks))
+    rows_of_program = triton.cdiv(rows, max(programs, 1))
+    programs = triton.cdiv(rows, max(rows_of_program, 1))
+
+    def partial_sums(parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        return x.new_empty((programs, inputs.head_blocks if parameter.shape[0] == 1 else heads, dim), dtype=wide)
+
+    weight_sums, bias_sums = partial_sums(inputs.weight), partial_sums(inputs.bias)
+    grad = _dense_rows(grad)
+    if x.numel() > 0:
+        with torch.cuda.device_of(x):
+            _norm_rope_backward_kernel[(programs, inputs.head_blocks)](
+                grad,
+                inputs.x,
+                inputs.weight,
+                inputs.cos,
+                inputs.sin,
+                target,
+                weight_sums,
+                bias_sums,
+                rows,
+                rows_of_program,
+                length,
+                heads,
+                *grad.stride()[:3],
+                *inputs.x.stride()[:3],
+                *target.stride()[:3],
+                *inputs.table_strides,
+                SHARED_WEIGHT=inputs.weight is not None and inputs.weight.shape[0] == 1,
+                SHARED_BIAS=inputs.bias is not None and inputs.bias.shape[0] == 1,
+                **inputs.constants,
+            )
+        out = out if target is out else out.copy_(target)
+
+    def summed(parameter: Tensor | None, sums: Tensor | None) -> Tensor:
+        if parameter is None or sums is None:
+            return x.new_empty((0, 0), dtype=wide)
+        total = sums.sum(0, dtype=torch.float64)
+        return total.sum_to_size(parameter.shape).to(wide)
+
+    return out, summed(weight, weight_sums), summed(bias, bias_sums)
