@@ -244,7 +244,18 @@ VQKERNELS_LANES_INLINE Lanes<float> load(const Half* p) {
 template <class T>
 VQKERNELS_LANES_INLINE auto load(const T* p, int64_t n) {
   T padded[64 / sizeof(widen(T{}))] = {};
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_storeu_pd(padded, _mm512_maskz_loadu_pd(mask, p));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_ps(padded, _mm512_maskz_loadu_ps(mask, p));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(mask, p));
+  }
+#else
   std::memcpy(padded, p, n * sizeof(T));
+#endif
   return load(padded);
 }
 
@@ -289,7 +300,18 @@ template <class T, class A>
 VQKERNELS_LANES_INLINE void store(T* p, const Lanes<A>& x, int64_t n) {
   T padded[Lanes<A>::count];
   store(padded, x);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, mask, _mm512_loadu_pd(padded));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, _mm512_loadu_ps(padded));
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+  }
+#else
   std::memcpy(p, padded, n * sizeof(T));
+#endif
 }
 
 // x rounded to what T holds.
