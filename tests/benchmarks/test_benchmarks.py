@@ -16,6 +16,8 @@ from benchmarks.measure import OURS
 from benchmarks.peers import Step
 
 CPU = torch.device("cpu")
+DENOISING = [name for name, operation in OPERATIONS.items() if operation.parse is not parse_case]
+QUANTIZATION = [name for name in OPERATIONS if name not in DENOISING]
 RESULT_KEYS = {"provider", "unavailable", "check", "extra_bytes", "seconds", "min_s", "median_s", "ratio", "rate"}
 
 
@@ -24,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("benchmarks")
     try:
-        assert main(["--shape", "192,40,8", "--rounds", "2", "--out", str(folder)]) == 0
+        names = [word for name in QUANTIZATION for word in ("--op", name)]
+        assert main([*names, "--shape", "192,40,8", "--rounds", "2", "--out", str(folder)]) == 0
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -46,7 +49,7 @@ def test_provenance(folder: Path) -> None:
     assert set(origin["build"]) >= {"compiler", "torch", "cuda"}
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", QUANTIZATION)
 def test_every_provider_on_cpu_is_right(groups: dict[str, dict], name: str) -> None:
     results = groups[name]["results"]
     assert [result["provider"] for result in results] == list(OPERATIONS[name].providers)
@@ -61,7 +64,36 @@ def test_every_provider_on_cpu_is_right(groups: dict[str, dict], name: str) -> N
         assert set(figures.values()) <= {0.0}, result["provider"]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", DENOISING)
+def test_denoising_operations_are_right(name: str, tmp_path: Path) -> None:
+    arguments = ["--op", name, "--shape", "64,8,40", "--provider", "eager", "--rounds", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    group = json.loads((tmp_path / "benchmarks.json").read_text())["groups"][0]
+    assert group["sizes"][-3:] == [64, 8, 40]
+    for result in group["results"]:
+        assert result["unavailable"] is None
+        assert result["check"]["beyond_bound"] == 0
+        assert 0 < result["check"]["error"] < 1e-5
+
+
+def test_wrong_denoising_values_are_found() -> None:
+    operation = OPERATIONS["norm_modulate and gradients"]
+    inputs = operation.inputs(operation.cases[0].smaller(), CPU)
+    check, result = operation.check(*inputs), operation.providers["eager"](*inputs)()
+    assert check(result)["beyond_bound"] == 0
+    wrong = [value * (1.1 if i == 1 else 1) for i, value in enumerate(result)]
+    assert check(wrong)["beyond_bound"] == 1
+
+
+def test_traffic_is_what_goes_in_and_out() -> None:
+    x, modulation = 4 * 2 * 8 * 40, 4 * 2 * 80
+    traffic = {"norm_modulate": 2 * x + modulation, "norm_modulate and gradients": 5 * x + 3 * modulation}
+    for name, expected in traffic.items():
+        operation = OPERATIONS[name]
+        assert operation.work(operation.parse("2,8,40")) == expected
+
+
+@pytest.mark.parametrize("name", QUANTIZATION)
 def test_figures_follow_from_the_samples(groups: dict[str, dict], name: str) -> None:
     group = groups[name]
     ours = group["results"][0]
@@ -106,8 +138,8 @@ def test_scikit_learn_limits_threads_for_its_own_calls_alone() -> None:
 
 def test_markdown_and_plots(folder: Path) -> None:
     text = (folder / "benchmarks.md").read_text()
-    assert all(f"## {name}, 192x40x8" in text for name in OPERATIONS)
-    assert text.count("| vqkernels |") == len(OPERATIONS)
+    assert all(f"## {name}, 192x40x8" in text for name in QUANTIZATION)
+    assert text.count("| vqkernels |") == len(QUANTIZATION)
     assert (folder / "fma_fraction.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -161,6 +161,16 @@ def test_bad_arguments(draw, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_picture_has_the_name_it_is_given(draw, tmp_path, capsys):
+    for name in ("picture", "picture.jpg"):
+        draw("--out", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as error:
+        draw("--npy", tmp_path)
+    assert error.value.code == 2
+    assert "expected names of files, got" in capsys.readouterr().err
+
+
 def test_what_a_model_cannot_do(draw, capsys):
     with pytest.raises(SystemExit):
         draw("--steps", 1001, model="diffusion")
@@ -173,10 +183,13 @@ def test_what_a_model_cannot_do(draw, capsys):
 
 def test_bad_files(draw, models, digit, right_half, tmp_path):
     bad = {
-        name: tmp_path / name for name in ("text.png", "half.png", "shape.npy", "range.npy", "nan.npy", "object.npy")
+        name: tmp_path / name
+        for name in ("text.png", "half.png", "deep.png", "shape.npy", "range.npy", "nan.npy", "object.npy", "empty.npy")
     }
     bad["text.png"].write_text("not an image")
     bad["half.png"].write_bytes(digit[1].read_bytes()[:60])
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(bad["deep.png"])
+    bad["empty.npy"].touch()
     np.save(bad["shape.npy"], np.zeros((4, 4)))
     np.save(bad["range.npy"], np.full((8, 8), 16.0))
     np.save(bad["nan.npy"], np.full((8, 8), np.nan))

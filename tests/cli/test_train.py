@@ -170,9 +170,12 @@ def test_files_that_are_no_checkpoints(tmp_path, run):
     other["vqkernels.training"] |= {"model": "dit", "config": {"size": 3}}
     torch.save(other, tmp_path / "version.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    other = torch.load(run / "checkpoint.ckpt", weights_only=True)
+    del other["vqkernels.training"]["space"]
+    torch.save(other, tmp_path / "incomplete.ckpt")
     save_checkpoint(VQVAE(1, 16, downsamplings=1), tmp_path / "model.ckpt")
     contents = [path.read_bytes() for path in tmp_path.glob("*.ckpt")]
-    assert len(contents) == 4
+    assert len(contents) == 5
     for bad in (*contents, good[: len(good) // 2], b"", b"text"):
         (run / "checkpoint.ckpt").write_bytes(bad)
         with pytest.raises(
@@ -192,6 +195,10 @@ def test_files_that_are_no_checkpoints(tmp_path, run):
         (("--ema-decay", 1), "decay: expected a number from 0 to below 1, got 1"),
         (("--learned-sigma",), "learned_sigma: expected False for a flow"),
         (("--method", "ddpm"), "method: expected ddim, euler or heun for a flow"),
+        (
+            ("--prediction", "v", "--sampling-steps", 1001),
+            "sampling: steps: expected from 1 to 1000, got 1001",
+        ),
         (("--class-dropout", 0), "guidance: expected 1 for a model that was trained without class dropout"),
         (("--learning-rate", 1e30, "--steps", 5), "the loss of step .* is nan"),
         (("--latents", "nowhere.pt"), "--latents 'nowhere.pt': No such file"),

@@ -204,6 +204,21 @@ def test_activations(activation, bias):
     errors.check()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
+@torch.no_grad()
+def test_activations_of_tensor_subclasses(activation):
+    """They are the original's, with its bias."""
+
+    class Elsewhere(torch.Tensor):
+        pass
+
+    module = FeedForward(8, activation_fn=activation)
+    fused = copy.deepcopy(module)
+    assert fuse(fused, verbose=False).fused
+    x = torch.randn(2, 3, 8).as_subclass(Elsewhere)
+    assert torch.equal(fused(x), module(x))
+
+
 def test_a_norm_of_another_kind_is_called():
     """AdaLayerNormContinuous has a norm by the root mean square, AdaLayerNormZero one that always is in float32."""
     torch.manual_seed(0)
@@ -233,6 +248,13 @@ def test_tensor_subclasses_are_left_to_the_original():
     assert not _blocks.takes(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert _blocks.takes(x, x.bfloat16())
+
+
+def test_flux_processor_that_is_patched_is_left(monkeypatch):
+    made = subject("Flux")
+    monkeypatch.setattr(FluxAttnProcessor, "__call__", lambda *args, **kwargs: None)
+    report = fuse(made.model, verbose=False)
+    assert {(m.kind, m.reason) for m in report.left} == {("FluxAttention", "__call__() of its class has been replaced")}
 
 
 def test_flux_processor_is_told_by_its_class():

@@ -120,6 +120,64 @@ def test_a_replaced_block_is_called():
     torch.testing.assert_close(other(*arguments), expected(*arguments), rtol=1e-4, atol=1e-4)
 
 
+class Adapter(torch.nn.Linear):
+    """A linear layer with an adaptation of low rank, which has a weight and a bias as a plain one."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.down, self.up = torch.nn.Linear(base.in_features, 2), torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+def adapt(module, name):
+    setattr(module, name, Adapter(getattr(module, name)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: adapt(model.blocks[0].mlp, "fc1"),
+        lambda model: setattr(model.blocks[0].mlp, "act", torch.nn.ReLU()),
+        lambda model: setattr(model.blocks[1], "norm1", initialized(torch.nn.LayerNorm(48))),
+        lambda model: setattr(model.blocks[1], "norm2", torch.nn.RMSNorm(48)),
+        lambda model: setattr(model.blocks[2].norm2, "eps", 10.0),
+        lambda model: setattr(model.final_layer, "norm_final", torch.nn.RMSNorm(48)),
+        lambda model: setattr(model.blocks[0], "adaLN_modulation", torch.nn.Linear(48, 6 * 48)),
+        lambda model: model.blocks[1].adaLN_modulation.__setitem__(0, torch.nn.ReLU()),
+    ],
+    ids=["linear", "activation", "affine norm", "norm", "eps", "last norm", "modulation", "silu"],
+)
+def test_parts_that_are_replaced_afterwards_count(change):
+    plain, arguments = dit(), inputs()
+    before = plain(*arguments)
+    other = fused(plain)
+    for model in (plain, other):
+        torch.manual_seed(5)
+        change(model)
+    assert not torch.allclose(plain(*arguments), before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(other(*arguments), plain(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_other_blocks_that_are_replaced_afterwards_count():
+    x, context = torch.randn(2, 64, 5, 3), torch.randn(2, 7, 20)
+    plain = initialized(reference.SpatialTransformer(64, 4, 8, 1, 20))
+    other = fused(plain)
+    for model in (plain, other):
+        torch.manual_seed(5)
+        adapt(model.transformer_blocks[0].ff.net[0], "proj")
+        model.transformer_blocks[0].norm2 = torch.nn.RMSNorm(32)
+        model.norm = torch.nn.Identity()
+    torch.testing.assert_close(other(x, context), plain(x, context), rtol=1e-4, atol=1e-4)
+
+    plain = initialized(reference.AttnBlock(64))
+    other = fused(plain)
+    plain.norm, other.norm = torch.nn.Identity(), torch.nn.Identity()
+    torch.testing.assert_close(other(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("numerics", ["fp32", "eager"])
 def test_checkpointing(numerics):
     model = fused(dit(**OPTIONS["modern"]), numerics)

@@ -229,8 +229,12 @@ def test_bad_arguments(options, message):
 
 def test_bad_calls():
     x0, t = batch()
-    with pytest.raises(ValueError, match="model: expected 6 channels of it, got 3"):
+    with pytest.raises(ValueError, match=r"model: expected an output of shape \[6, 6, 4, 4\], got \[6, 3, 4, 4\]"):
         Diffusion(learned_sigma=True).loss(lambda x, t: x, x0, t)
+    with pytest.raises(ValueError, match=r"model: expected an output of shape \[6, 3, 4, 4\], got \[6, 3, 1, 4\]"):
+        Diffusion().loss(lambda x, t: x[:, :, :1], x0, t)
+    with pytest.raises(ValueError, match=r"noise: expected shape \[6, 3, 4, 4\], got \[3, 4, 4\]"):
+        Diffusion().loss(lambda x, t: x, x0, t, noise=x0[0])
     with pytest.raises(ValueError, match=r"t: expected shape \[6\], got \[\]"):
         Diffusion().loss(lambda x, t: x, x0, t[0])
     with pytest.raises(ValueError, match="steps: expected from 1 to 10, got 11"):

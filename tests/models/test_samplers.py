@@ -115,8 +115,6 @@ def path_error(method, prediction, steps):
     model = GaussianModel(diffusion)
     x = sample(diffusion, model, SHAPE, method=method, steps=steps, generator=seeded())
     noise = torch.randn(SHAPE, generator=seeded())
-    # The last step of a diffusion ends at t = 0 and not in data: what it says there is the mean of the data.
-    a, s = (1.0, 0.0)
     first = diffusion.timesteps if diffusion.is_flow else diffusion.timesteps - 1
     a, s = (v.item() for v in diffusion.levels(torch.tensor(first)))
     exact = noise * model.deviation / math.sqrt(a**2 * model.deviation**2 + s**2)
@@ -225,7 +223,7 @@ def test_inpainting_keeps_what_is_known(method, prediction):
     seen = []
 
     def model(x, t):
-        seen.append((x, t))
+        seen.append((x[..., :2], t))
         return wave(x, t)
 
     options = {"method": method, "steps": 8, "known": (data, mask)}
@@ -234,13 +232,24 @@ def test_inpainting_keeps_what_is_known(method, prediction):
     assert (x[..., 2:] - data[..., 2:]).abs().max() > 0.1
     free = sample(diffusion, wave, SHAPE, generator=seeded(), **{**options, "known": None})
     assert not torch.equal(free[..., :2], x[..., :2])
-    # The model sees the known pixels noised as far as the rest: their mean over the batch and the noise.
-    a, s = diffusion.levels(seen[4][1])
-    residual = (seen[4][0][..., :2].double() - a[0] * data[..., :2]) / s[0]
-    assert residual.std().item() == pytest.approx(1, abs=0.35)
+    # At every step the model sees the known pixels noised as far as the rest; "heun" sees its own guesses between.
+    generator = seeded()
+    noise = torch.randn(SHAPE, generator=generator)
+    seen = seen[::2] if method == "heun" else seen
+    assert len(seen) == 8
+    for i, (pixels, t) in enumerate(seen):
+        if method == "ddpm" and i > 0:  # one draw for the step, one for what is known
+            _, noise = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+        torch.testing.assert_close(pixels, diffusion.noised(data.expand(SHAPE), t, noise)[..., :2])
     assert torch.equal(
         sample(diffusion, wave, SHAPE, method=method, steps=8, known=(data, torch.ones_like(mask))), data.expand(SHAPE)
     )
+
+
+def test_results_are_float32_for_any_data():
+    data, mask = torch.randn(SHAPE, dtype=torch.float64), torch.ones(SHAPE[2:], dtype=torch.bool)
+    for options in ({"start": (data, 0.5)}, {"known": (data, mask)}):
+        assert sample(Diffusion(), wave, SHAPE, steps=2, **options).dtype == torch.float32
 
 
 def test_reports_every_step():
@@ -271,6 +280,18 @@ def test_a_transformer_can_be_sampled():
         ("epsilon", {"start": (torch.zeros(1), 0.0)}, "start: expected a level above 0 and at most 1, got 0.0"),
         (
             "epsilon",
+            {"start": (torch.zeros(5, 1, 1), 1.0)},
+            "start: expected a shape that expands to [3, 2, 4, 4], got [5, 1, 1]",
+        ),
+        (
+            "epsilon",
+            {"known": (torch.zeros(1), torch.ones(4, 3, dtype=torch.bool))},
+            "known[1]: expected a shape that expands to [3, 2, 4, 4], got [4, 3]",
+        ),
+        ("epsilon", {"method": "ddim", "eta": 1.5}, "eta: expected a number from 0 to 1, got 1.5"),
+        ("epsilon", {"method": "euler", "eta": 0.5}, "eta: expected 0 for euler, got 0.5"),
+        (
+            "epsilon",
             {"y": torch.zeros(3), "guidance_scale": 2.0},
             "null_label: expected an integer for a model without num_classes, got None",
         ),
@@ -280,3 +301,15 @@ def test_bad_arguments(prediction, options, message):
     with pytest.raises(ValueError, match="expected") as error:
         sample(Diffusion(prediction=prediction), wave, SHAPE, **options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": (torch.zeros(1, dtype=torch.uint8), 0.5)}, "^start: expected a tensor of float32"),
+        ({"known": (torch.zeros(1), torch.ones(1))}, r"^known\[1\]: expected a tensor of bool, got float32"),
+    ],
+)
+def test_bad_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        sample(Diffusion(), wave, SHAPE, **options)

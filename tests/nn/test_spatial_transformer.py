@@ -75,3 +75,12 @@ def test_bad_arguments(arguments, message):
     for layer in (vqkernels.nn.SpatialTransformer, reference.SpatialTransformer):
         with pytest.raises(ValueError, match=f"{message}.*: expected"):
             layer(*arguments)
+
+
+@pytest.mark.parametrize("layer", [vqkernels.nn.SpatialTransformer, reference.SpatialTransformer])
+def test_context_has_to_fit(layer):
+    x = torch.randn(1, 32, 2, 2)
+    with pytest.raises(ValueError, match="context: expected a context, got NoneType"):
+        layer(32, 2, 4, context_dim=5)(x)
+    with pytest.raises(ValueError, match="context: expected None without context_dim, got Tensor"):
+        layer(32, 2, 4)(x, torch.randn(1, 3, 8))

@@ -1,6 +1,5 @@
 """Pictures of many small images; needs matplotlib."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +57,4 @@ def draw_grid(
     for line in lines:
         figure.text(0.15 / size[0], 1 - below / size[1], line, fontsize=8, color=MUTED)
         below += 0.2
-    figure.savefig(path)
-
-
-def in_rows(images: Tensor, width: int) -> list[tuple[str, Tensor]]:
-    """Images [N, 1, H, W] as unlabelled rows of at most `width`."""
-    return [("", images[i * width : (i + 1) * width]) for i in range(math.ceil(len(images) / width))]
+    figure.savefig(path, format="png")

@@ -10,12 +10,12 @@ from torch import Tensor
 from vqkernels.cli import _arguments
 from vqkernels.cli.demo import choose_device, require, writable_folder
 from vqkernels.training.checkpoint import NAME
+from vqkernels.training.data import CLASSES
 
 if TYPE_CHECKING:
     from vqkernels.training.sampling import Known, Start
 
 SIDE = 8
-CLASSES = 10
 
 
 def add_parser(commands: Any) -> None:
@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     outputs = [Path(name) for name in (arguments.out, arguments.npy) if name]
     for path in outputs:
         writable_folder(str(path.parent))
+        if path.is_dir():
+            raise argparse.ArgumentError(None, f"argument --out, --npy: expected names of files, got {str(path)!r}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start, known = _given_images(arguments)
@@ -146,7 +148,9 @@ def _read_image(name: str, option: str) -> Tensor:
             from PIL import Image
 
             with Image.open(name) as image:
+                if image.mode[0] in "IF":  # Pillow cuts them off at 255
+                    raise ValueError(f"expected a picture of at most 8 bits a channel, got mode {image.mode}")
                 values = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
-    except (OSError, ValueError, SyntaxError) as error:
+    except (EOFError, OSError, ValueError, SyntaxError) as error:
         raise SystemExit(f"{option} {name!r}: {getattr(error, 'strerror', None) or error}") from None
     return torch.from_numpy(values)

@@ -12,7 +12,8 @@ import torch
 from vqkernels.cli import _arguments, _runs
 from vqkernels.cli.demo import choose_device, provenance, require, writable_folder
 from vqkernels.models import load_checkpoint
-from vqkernels.training.checkpoint import FORMAT, NAME
+from vqkernels.models.checkpoint import UNREADABLE
+from vqkernels.training.checkpoint import FORMAT, NAME, refusal
 from vqkernels.training.config import DiTConfig
 
 if TYPE_CHECKING:
@@ -56,21 +57,24 @@ def run(arguments: argparse.Namespace) -> int:
     from vqkernels.training.dit import DiTTraining
     from vqkernels.training.loop import fit
     from vqkernels.training.sampling import DiTSampler
-    from vqkernels.training.spaces import load_space
 
     device, folder = choose_device(arguments.device), writable_folder(arguments.out)
     if arguments.resume and arguments.latents:
         raise argparse.ArgumentError(None, "argument --latents: the checkpoint to resume has its own")
     content, config = _runs.begin(arguments, folder, "dit", DiTConfig)
     training, held_out = digits()
-    start, steps_before = time.perf_counter(), content["global_step"] if content else 0
+    steps_before = content["global_step"] if content else 0
     try:
-        space = load_space(content[FORMAT]["space"]) if content else _space(arguments.latents, training)
+        space = _saved_space(folder / NAME, content) if content else _new_space(arguments.latents, training)
         module = DiTTraining(config, space, training)
         _runs.describe("dit", config, data=arguments.data, space=type(space).__name__.lower(), device=str(device))
         # One image, so that what cannot be drawn is said before training and not after it.
         untrained = DiTSampler(config, module.averaged_model, space)
-        untrained.draw(training.labels[:1], **_sampling(arguments, untrained))
+        try:
+            untrained.draw(training.labels[:1], **_sampling(arguments, untrained))
+        except ValueError as error:
+            raise ValueError(f"sampling: {error}") from None
+        start = time.perf_counter()
         if steps_before < config.steps:
             stopped_by = fit(
                 module,
@@ -90,7 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _space(latents: str | None, training: "Labelled") -> "Space":
+def _saved_space(path: Path, content: dict[str, Any]) -> "Space":
+    from vqkernels.training.spaces import load_space
+
+    try:
+        return load_space(content[FORMAT]["space"])
+    except UNREADABLE as error:
+        raise SystemExit(f"--resume: {refusal(path, 'dit', error)}") from None
+
+
+def _new_space(latents: str | None, training: "Labelled") -> "Space":
     from vqkernels.training.spaces import Latents, Pixels
 
     if latents is None:

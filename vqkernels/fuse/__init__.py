@@ -68,7 +68,7 @@ def fuse(model: nn.Module, *, numerics: str = "fp32", verbose: bool = True) -> F
     source: another version, a subclass, and what was patched before are left alone, with the reason in the report. A
     fused model can be deep-copied, pickled and compiled; a shallow copy, such as nn.DataParallel makes for each device,
     runs on the tensors of the module that it is a copy of. In evaluation a row of NaN comes out of several levels as
-    NaN, where originals add up codes.
+    NaN, where originals add up codes. Gradients of gradients and the transforms of torch.func raise an error.
 
     What is known by its shape is tried on a copy, and may call collectives: in a distributed run call this everywhere.
 

@@ -115,8 +115,10 @@ def residual_normalized(
 
 
 def _without_bias(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a linear layer makes of x before its bias, and the bias; all of it and None where it is no plain layer."""
-    if type(linear) is not nn.Linear or linear.bias is None or not stands_for(linear) or not takes(linear.bias):
+    """What a linear layer makes of x before its bias, and the bias; all of it and None where they cannot be told."""
+    if type(linear) is not nn.Linear or linear.bias is None or not stands_for(linear):
+        return linear(x), None
+    if not takes(x, linear.weight, linear.bias):
         return linear(x), None
     hidden = F.linear(x, linear.weight)
     return hidden, linear.bias.to(hidden.dtype)

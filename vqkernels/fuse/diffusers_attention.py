@@ -22,7 +22,7 @@ def _known(path: str, *sources: str) -> Recipe:
 
 _JOINT = _known("attention_processor.JointAttnProcessor2_0", "5bef4593bc1e45bc")
 _SINGLE = _known("attention_processor.AttnProcessor2_0", "27a8e7631059efe6")
-_FLUX = _known("transformers.transformer_flux.FluxAttnProcessor")
+_FLUX = _known("transformers.transformer_flux.FluxAttnProcessor", "a2e1380f38a41a6e")
 _RMS_NORM = _known("normalization.RMSNorm", "295369c16879a3d2")
 
 
@@ -202,7 +202,9 @@ def _flux_attention(
 
 def _refuse_flux(module: Any) -> str | None:
     processor = type(module.processor)
-    return _refuse_norms(module) if _FLUX.concerns(processor) else f"its processor is {processor.__name__}"
+    if not _FLUX.concerns(processor):
+        return f"its processor is {processor.__name__}"
+    return why_not_class(_FLUX, processor) or _refuse_norms(module)
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -229,9 +231,9 @@ RECIPES: tuple[Recipe, ...] = (
         library="diffusers",
         class_path="diffusers.models.transformers.transformer_flux.FluxAttention",
         methods={"forward": _flux_attention},
-        sources=frozenset({"dd524b0bc5c4aad9"}),
+        sources=frozenset({"943bb76f5edf367d"}),
         versions="0.42",
-        uses=("FluxAttnProcessor", "apply_rotary_emb"),
+        uses=("apply_rotary_emb",),
         refuse=_refuse_flux,
     ),
 )

@@ -3,31 +3,48 @@
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkernels import reference
 from vqkernels.fuse._blocks import stands_for
 from vqkernels.fuse._recipes import NUMERICS, Recipe
 from vqkernels.models.dit import DiT
 from vqkernels.nn import attn_block, dit_block, final_layer, spatial_transformer
+from vqkernels.reference.dit_block import EPS
 
 Rope = tuple[Tensor, Tensor]
 
 
+def _are(kind: type[nn.Module], *modules: Any) -> bool:
+    """Whether a parent may do the work of these modules, all of which are still of the class that they are made of."""
+    return all(type(module) is kind for module in modules) and stands_for(*modules)
+
+
+def _are_plain_norms(*norms: Any) -> bool:
+    return _are(nn.LayerNorm, *norms) and all(norm.weight is None and norm.eps == EPS for norm in norms)
+
+
+def _is_linear(linear: Any) -> bool:
+    return _are(nn.Linear, linear) and linear.bias is not None
+
+
+def _is_modulation(modulation: Any) -> bool:
+    """Whether a modulation is a linear layer, of whichever kind, of the SiLU of a condition."""
+    return _are(nn.Sequential, modulation) and len(modulation) == 2 and _are(nn.SiLU, modulation[0])
+
+
 def _attention(self: Any, x: Tensor, rope: Rope | None = None, *, numerics: str) -> Tensor:
-    if self.qk_norm is not None and not stands_for(self.q_norm, self.k_norm):
-        return type(self).forward(self, x, rope)
     return dit_block.attention(self, x, rope, numerics=numerics)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    if not stands_for(self.fc1, self.act):
+    if not _is_linear(self.fc1) or not _are(nn.GELU, self.act) or self.act.approximate != "tanh":
         return type(self).forward(self, x)
     return dit_block.mlp(self, x, numerics="fp32")
 
 
 def _swiglu(self: Any, x: Tensor) -> Tensor:
-    if not stands_for(self.w12):
+    if not _is_linear(self.w12):
         return type(self).forward(self, x)
     return dit_block.swiglu(self, x, numerics="fp32")
 
@@ -42,7 +59,7 @@ def _block(
     *,
     numerics: str,
 ) -> Tensor:
-    if not stands_for(self.norm1, self.norm2):
+    if not _are_plain_norms(self.norm1, self.norm2):
         return type(self).forward(self, x, c, rope, context, context_mask)
     modulation = self.adaLN_modulation(c)
     stream = dit_block.advance(self, (x, None, None), modulation, rope, context, context_mask, numerics=numerics)
@@ -50,7 +67,7 @@ def _block(
 
 
 def _final_layer(self: Any, x: Tensor, c: Tensor, *, numerics: str) -> Tensor:
-    if not stands_for(self.norm_final):
+    if not _are_plain_norms(self.norm_final):
         return type(self).forward(self, x, c)
     return final_layer.finish(self, (x, None, None), self.adaLN_modulation(c), numerics=numerics)
 
@@ -80,17 +97,17 @@ def _is_stack(model: DiT) -> bool:
     """Whether the model may do the work of its blocks and last layer."""
     last: Any = model.final_layer
     blocks: list[Any] = list(model.blocks)
-    if type(last) is not reference.FinalLayer or any(
-        type(b) is not reference.DiTBlock or b.has_context for b in blocks
-    ):
-        return False
-    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
-    modulations = [module for m in (*blocks, last) for module in (m.adaLN_modulation, m.adaLN_modulation[0])]
-    return stands_for(*blocks, last, *norms, last.norm_final, *modulations)
+    return (
+        _are(reference.FinalLayer, last)
+        and _are(reference.DiTBlock, *blocks)
+        and not any(block.has_context for block in blocks)
+        and _are_plain_norms(*[norm for block in blocks for norm in (block.norm1, block.norm2)], last.norm_final)
+        and all(_is_modulation(layer.adaLN_modulation) for layer in (*blocks, last))
+    )
 
 
 def _attn_block(self: Any, x: Tensor) -> Tensor:
-    if not stands_for(self.norm):
+    if not _are(nn.GroupNorm, self.norm):
         return type(self).forward(self, x)
     return attn_block.attend(self, x)
 
@@ -100,19 +117,19 @@ def _context_attention(self: Any, x: Tensor, context: Tensor | None = None) -> T
 
 
 def _geglu(self: Any, x: Tensor) -> Tensor:
-    if not stands_for(self.proj):
+    if not _is_linear(self.proj):
         return type(self).forward(self, x)
     return spatial_transformer.geglu(self, x, numerics="fp32")
 
 
 def _transformer_block(self: Any, x: Tensor, context: Tensor | None = None, *, numerics: str) -> Tensor:
-    if not stands_for(self.norm1, self.norm2, self.norm3):
+    if not _are(nn.LayerNorm, self.norm1, self.norm2, self.norm3):
         return type(self).forward(self, x, context)
     return spatial_transformer.transform_tokens(self, x, context, numerics=numerics)
 
 
 def _spatial_transformer(self: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
-    if not stands_for(self.norm):
+    if not _are(nn.GroupNorm, self.norm):
         return type(self).forward(self, x, context)
     return spatial_transformer.transform_map(self, x, context, numerics="fp32")
 

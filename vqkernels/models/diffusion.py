@@ -25,8 +25,8 @@ class Diffusion:
     Args:
         timesteps: T.
         schedule: "linear", betas from 1e-4 to 0.02 at T = 1000 and as much noise in all at another (arXiv 2006.11239);
-            or "cosine", a^2 = cos((t / T + 0.008) / 1.008 pi / 2)^2 with betas of at most 0.999 (arXiv 2102.09672).
-            A flow does not look at it.
+            or "cosine", a^2 proportional to cos(((t + 1) / T + 0.008) / 1.008 pi / 2)^2 (arXiv 2102.09672). Betas are
+            at most 0.999. A flow does not look at it.
         prediction: "epsilon", "v", "x0" or "flow".
         learned_sigma: the model predicts u.
 
@@ -138,16 +138,21 @@ class Diffusion:
 
         Returns:
             float32 [B], means over the elements of x0.
+
+        Raises:
+            ValueError: the shape of t, of noise or of the model's output does not fit.
         """
         if t.shape != x0.shape[:1]:
             raise ValueError(f"t: expected shape [{x0.shape[0]}], got {list(t.shape)}")
+        if noise is not None and noise.shape != x0.shape:
+            raise ValueError(f"noise: expected shape {list(x0.shape)}, got {list(noise.shape)}")
         noise = torch.randn_like(x0) if noise is None else noise
         x = self.noised(x0, t, noise)
         output = model(x, t, **model_arguments) if y is None else model(x, t, y, **model_arguments)
         channels = x0.shape[1]
-        expected = 2 * channels if self.learned_sigma else channels
-        if output.shape[1] != expected:
-            raise ValueError(f"model: expected {expected} channels of it, got {output.shape[1]}")
+        expected = [x0.shape[0], 2 * channels if self.learned_sigma else channels, *x0.shape[2:]]
+        if list(output.shape) != expected:
+            raise ValueError(f"model: expected an output of shape {expected}, got {list(output.shape)}")
         prediction, fraction = output[:, :channels].float(), output[:, channels:].float()
         losses = (prediction - self.target(x0, t, noise).float()).square().flatten(1).mean(1)
         if self.learned_sigma:
@@ -201,7 +206,7 @@ class Diffusion:
         return math.sqrt(ratio) * previous_noise / noise, previous_a * beta / noise, beta * previous_noise / noise
 
     def log_variances(self, levels: Sequence[float]) -> list[tuple[float, float]]:
-        """The range of a learned log variance, (log posterior variance, log beta), at each of ascending levels a.
+        """The range of a learned log variance, (log posterior variance, log beta), at each level a, descending.
 
         The variance of the first posterior is 0: it has the second's, as published (beta, where there is no second).
         """

@@ -191,7 +191,7 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        self.proj.bias = nn.Parameter(torch.zeros(hidden_size))
+        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)

@@ -13,8 +13,8 @@ class EMA(AveragedModel):
 
         average = decay average + (1 - decay) parameter
 
-    at every `update_parameters(model)`; the first one copies, and buffers are always copied. With warm-up the decay of
-    the n-th update is min(decay, (1 + n) / (10 + n)), so that the average forgets where the model started. Calling it
+    at every `update_parameters(model)`; the first one copies, and buffers are always copied. With warm-up the decay
+    after n updates is min(decay, (1 + n) / (10 + n)), so that the average forgets where the model started. Calling it
     calls the copy; the state_dict holds it and the number of updates, and goes on where it stopped.
 
     Args:
@@ -36,6 +36,8 @@ class EMA(AveragedModel):
 
     @torch.no_grad()
     def _average(self, averages: Sequence[Tensor], parameters: Sequence[Tensor], updates: Tensor | int) -> Any:
-        n = int(updates)
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        decay = self.decay
+        if self.warmup:
+            n = int(updates)
+            decay = min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqkernels.models.diffusion import Diffusion
 from vqkernels.ops import guided_step
+from vqkernels.reference._checks import FLOAT_TYPES, check_tensor
 
 METHODS = ("ddpm", "ddim", "euler", "heun")
 
@@ -68,26 +69,29 @@ def sample(
             unconditional); 1: none.
         guided_channels: the first channels, that are guided; None: all. The variance is not.
         null_label: the label of "no class"; None: `model.num_classes`.
-        eta: share of the posterior's noise in "ddim".
+        eta: share of the posterior's noise in "ddim", from 0 to 1; 0 for the other methods.
         clip: bound of the predicted x0, to which it is clamped; None: it is not.
         generator: of all noise, which is drawn on the generator's device: that of a CPU draws the same for any device.
         device: of the result; None: that of y, start or known, or else the CPU.
-        start: (data, level) to begin with instead of noise: data [B, C, ...], noised so that `level` of the steps are
-            left, above 0 and at most 1.
+        start: (data, level) to begin with instead of noise: floating-point data, to be expanded to `shape`, noised so
+            that `level` of the steps are left, above 0 and at most 1.
         known: (data, mask), each to be expanded to `shape`: where the boolean mask is True the sample is data, noised
-            as far as each step goes, and at the end as they are (arXiv 2201.09865).
+            as far as each step goes, and at the end as they are (arXiv 2201.09865). Methods that draw noise draw it
+            anew for every step; the others keep that of the beginning.
         report: called after every step as report(done, total, sample).
 
     Returns:
         float32, of `shape`.
 
     Raises:
+        TypeError: data or a mask has an unexpected type or dtype.
         ValueError: an argument does not fit.
     """
-    _check(diffusion, shape, method, steps, y, guidance_scale, start)
+    _check(diffusion, shape, method, steps, y, guidance_scale, eta, start)
     if device is None:
         tensors = [y, *(pair[0] for pair in (start, known) if pair is not None)]
         device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+    y = None if y is None else y.to(device)
     levels = _levels(diffusion, steps)
     variances = diffusion.log_variances([level.a for level in reversed(levels[:-1])])[::-1] if method == "ddpm" else []
 
@@ -127,10 +131,11 @@ def sample(
     x = noise = draw()
     if start is not None:
         first = steps - max(1, round(start[1] * steps))
-        x = _noised(start[0].to(device).expand(shape), levels[first], noise)
+        x = _noised(_expanded("start", start[0], shape, FLOAT_TYPES).to(device, torch.float32), levels[first], noise)
     is_random = method == "ddpm" or (method == "ddim" and eta > 0)
     if known is not None:
-        data, mask = (value.to(device).expand(shape) for value in known)
+        data = _expanded("known[0]", known[0], shape, FLOAT_TYPES).to(device, torch.float32)
+        mask = _expanded("known[1]", known[1], shape, (torch.bool,)).to(device)
         x = torch.where(mask, _noised(data, levels[first], noise), x)
     for i in range(first, steps):
         level, following = levels[i], levels[i + 1]
@@ -167,6 +172,7 @@ def _check(
     steps: int,
     y: Tensor | None,
     guidance_scale: float,
+    eta: float,
     start: tuple[Tensor, float] | None,
 ) -> None:
     if method not in METHODS:
@@ -181,8 +187,19 @@ def _check(
         raise ValueError(f"guidance_scale: expected 1 without labels y, got {guidance_scale}")
     if y is not None and y.shape != shape[:1]:
         raise ValueError(f"y: expected shape [{shape[0]}], got {list(y.shape)}")
+    if not 0 <= eta <= (method == "ddim"):
+        expected = "a number from 0 to 1" if method == "ddim" else f"0 for {method}"
+        raise ValueError(f"eta: expected {expected}, got {eta}")
     if start is not None and not 0 < start[1] <= 1:
         raise ValueError(f"start: expected a level above 0 and at most 1, got {start[1]}")
+
+
+def _expanded(name: str, value: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    check_tensor(name, value, dtypes)
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected a shape that expands to {list(shape)}, got {list(value.shape)}") from None
 
 
 def _levels(diffusion: Diffusion, steps: int) -> list[Level]:

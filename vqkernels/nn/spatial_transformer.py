@@ -15,6 +15,7 @@ from vqkernels.reference.spatial_transformer import as_tokens, from_tokens
 
 def transform_map(self: Any, x: Tensor, context: Tensor | None = None, *, numerics: str) -> Tensor:
     """`reference.SpatialTransformer` with a fused group norm."""
+    self.check_context(context)
     norm = self.norm
     if numerics == "eager":
         h = norm(x)

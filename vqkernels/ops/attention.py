@@ -151,17 +151,18 @@ def why_not_sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None,
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if torch.is_grad_enabled() and mask is not None and mask.requires_grad:
         return "torch makes the whole matrix of scores for the gradient of a mask"
-    return None if q.device.type != "cuda" else _why_not_on_cuda(q, k, mask, needs_gradient)
+    return None if q.device.type != "cuda" else _why_not_on_cuda(q, k, mask, causal, needs_gradient)
 
 
-def _why_not_on_cuda(q: Tensor, k: Tensor, mask: Tensor | None, needs_gradient: bool) -> str | None:
+def _why_not_on_cuda(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, needs_gradient: bool) -> str | None:
     dtype, dim = _name(q), q.shape[3]
+    unequal = causal and q.shape[2] != k.shape[2]
     if dim > 256:
         return f"torch's fast kernels have heads of at most 256 columns, not {dim}"
     if q.dtype == torch.float64:
         return "torch makes the whole matrix of scores for float64 on cuda"
-    if mask is not None or q.dtype == torch.float32:  # not its flash kernel, but the memory-efficient one
-        what = dtype if mask is None else f"{dtype} with a mask"
+    if mask is not None or unequal or q.dtype == torch.float32:  # not its flash kernel, but the memory-efficient one
+        what = f"{dtype} with a mask" if mask is not None else f"causal {dtype} of L != S" if unequal else dtype
         multiple = 4 if q.dtype == torch.float32 else 8
         if dim % multiple:
             return f"torch's kernel for {what} needs heads of a multiple of {multiple} columns, not {dim}"

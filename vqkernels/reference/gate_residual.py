@@ -13,5 +13,4 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, nume
     if numerics == "eager":
         return x + gate * branch
     dtype = result_dtype(x, branch, gate)
-    x, branch, gate = widened(dtype, x, branch, gate)
-    return (x + gate * branch).to(dtype)
+    return (widened(x, dtype) + widened(gate, dtype) * widened(branch, dtype)).to(dtype)

@@ -27,12 +27,12 @@ def gate_residual_norm_modulate(
     dtype = result_dtype(x, branch, gate, shift, scale, *pair)
     dtype = torch.promote_types(dtype, norm_dtype(x.new_empty(0, dtype=residual_dtype), norm))
     if numerics == "fp32":
-        x, branch, gate = widened(dtype, x, branch, gate)
+        x, branch, gate = widened(x, dtype), widened(branch, dtype), widened(gate, dtype)
     residual = gate_residual(x, branch, gate, numerics=numerics)
-    outputs = norm_modulate(
+    normalized = norm_modulate(
         residual, shift, scale, second=second, norm=norm, weight=weight, bias=bias, eps=eps, numerics=numerics
     )
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if numerics == "fp32":
-        residual, outputs = residual.to(residual_dtype), tuple(y.to(dtype) for y in outputs)
-    return (residual, *outputs)
+    outputs = normalized if isinstance(normalized, tuple) else (normalized,)
+    if numerics == "eager":
+        return (residual, *outputs)
+    return (residual.to(residual_dtype), *(y.to(dtype) for y in outputs))

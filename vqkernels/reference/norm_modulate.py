@@ -1,10 +1,13 @@
 """Layer or RMS normalization and the modulation that follows it, in tensor operations."""
 
 from functools import reduce
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def norm_modulate(
@@ -25,13 +28,13 @@ def norm_modulate(
         norm_dtype(x, norm), result_dtype(x, *(value for pair in modulations for value in pair))
     )
     if numerics == "fp32":
-        x, weight, bias = widened(dtype, x, weight, bias)
+        x, weight, bias = widened(x, dtype), widened(weight, dtype), widened(bias, dtype)
     normalized = normalize(x, norm, weight, bias, eps)
     outputs = []
     for pair in modulations:
         shift, scale = (None if value is None else over_rows(value, x) for value in pair)
         if numerics == "fp32":
-            shift, scale = widened(dtype, shift, scale)
+            shift, scale = widened(shift, dtype), widened(scale, dtype)
         y = normalized if scale is None else normalized * (1 + scale)
         y = y if shift is None else y + shift
         outputs.append(y.to(dtype) if numerics == "fp32" else y)
@@ -67,7 +70,7 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
 
 
-def widened(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors in what results of a dtype are computed in: float64 for float64, else float32."""
+def widened(value: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """A tensor in what results of a dtype are computed in: float64 for float64, else float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [None if t is None else t.to(wide) for t in tensors]
+    return value if value is None else value.to(wide)

@@ -111,6 +111,7 @@ class SpatialTransformer(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         dim = num_heads * head_dim
+        self.context_dim = context_dim
         self.norm = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, dim, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -119,8 +120,18 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(dim, in_channels, 1)
         reset_to_zero(self.proj_out)
 
+    def check_context(self, context: Tensor | None) -> None:
+        if (context is None) != (self.context_dim is None):
+            expected = "None without context_dim" if self.context_dim is None else "a context"
+            raise ValueError(f"context: expected {expected}, got {type(context).__name__}")
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """A map [B, C, H, W] to one of the same shape; context: [B, S, context_dim]."""
+        """A map [B, C, H, W] to one of the same shape; context: [B, S, context_dim], where there is such a dimension.
+
+        Raises:
+            ValueError: a context is missing, or there is nothing that attends to it.
+        """
+        self.check_context(context)
         h = as_tokens(self.proj_in(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)

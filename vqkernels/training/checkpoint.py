@@ -21,16 +21,13 @@ def record(model: str, config: TrainingConfig, **content: Any) -> dict[str, Any]
     return {"model": model, "config": dataclasses.asdict(config), **content}
 
 
-def read_checkpoint(
-    path: str | os.PathLike[str], model: str, config: type[Config], *, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Any], Config]:
+def read_checkpoint(path: str | os.PathLike[str], model: str, config: type[Config]) -> tuple[dict[str, Any], Config]:
     """The content of a checkpoint of a run of this model, read without running code of the file, and its configuration.
 
     Args:
         path: of the file.
         model: the name that `record` was given.
         config: class of the configuration.
-        device: for its tensors.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -38,7 +35,7 @@ def read_checkpoint(
     """
     file = io.BytesIO(Path(path).read_bytes())
     try:
-        content: Any = torch.load(file, map_location=device, weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not isinstance(content.get(FORMAT), dict):
             raise ValueError("no such record")
         if content[FORMAT]["model"] != model:

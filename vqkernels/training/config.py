@@ -32,9 +32,9 @@ class DiTConfig(TrainingConfig):
 
     prediction: str = _option("flow", "what the model predicts", choices=("epsilon", "v", "x0", "flow"))
     schedule: str = _option("cosine", "of the noise, unless the prediction is flow", choices=("linear", "cosine"))
-    learned_sigma: bool = _option(False, "learn the variance of the steps too; for epsilon")
+    learned_sigma: bool = _option(False, "learn the variance of the steps too; not for a flow")
     patch_size: int = _option(2, "side of a patch of the image, or of the map of latents", least=1)
-    hidden_size: int = _option(128, "width of the transformer", least=2)
+    hidden_size: int = _option(128, "width of the transformer, a multiple of 4", least=4)
     depth: int = _option(4, "blocks", least=1)
     num_heads: int = _option(4, "heads of attention; they divide the width", least=1)
     class_dropout: float = _option(0.1, "share of images trained without their class", least=0.0, most=1.0)

@@ -90,7 +90,7 @@ class DiTSampler:
             OSError: there is no such file, or it cannot be read.
             ValueError: it holds something else.
         """
-        content, config = read_checkpoint(path, "dit", DiTConfig, device=device)
+        content, config = read_checkpoint(path, "dit", DiTConfig)
         try:
             space = load_space(content[FORMAT]["space"], device)
             model = build_model(config, space)

@@ -1,5 +1,7 @@
 """The error budget of everything but codes: twice the error of the same expression in PyTorch, plus one rounding."""
 
+import itertools
+
 import torch
 
 
@@ -33,3 +35,31 @@ def assert_within_budget(actual, expression, truth):
     allowed = 2 * (expression - truth).abs().max() + info.eps * truth.abs() + info.smallest_normal * info.eps
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), f"error {error[worst]:.3e} exceeds {allowed[worst]:.3e} at {truth[worst]:.6e}"
+
+
+def assert_rms_within_budget(draws, names=None):
+    """Checks draws of a problem together: (actual, expression, truth) of each, sequences of tensors like those above.
+
+    Sums in another order than the expression's have their largest error at a random place, so that twice the largest of
+    the one may be less than that of the other. The root mean square hardly varies, and bounds all: that of every tensor
+    over all draws (of all tensors of an equal name, if there are names) may be twice the expression's, plus one
+    rounding. Returns the root of the squares of each truth.
+    """
+    squares, roundings = {}, {}
+    for actual, expression, truth in draws:
+        tensors = zip(actual, expression, truth, strict=True)
+        for name, (a, e, t) in zip(names or itertools.count(), tensors, strict=names is not None):
+            assert a.shape == e.shape == t.shape
+            assert a.dtype == e.dtype
+            assert t.dtype == torch.float64
+            parts = torch.stack([part.double().square().sum() for part in (t, e - t, a - t)])
+            assert parts.isfinite().all(), f"{name}: not finite"
+            squares[name] = squares.get(name, 0) + parts
+            roundings[name] = max(roundings.get(name, 0), torch.finfo(a.dtype).eps)
+    assert squares
+    scales = {}
+    for name, sums in squares.items():
+        scale, allowed, error = sums.sqrt().tolist()
+        assert error <= 2 * allowed + roundings[name] * scale, f"{name}: error {error:.2e}, allowed 2 x {allowed:.2e}"
+        scales[name] = scale
+    return scales

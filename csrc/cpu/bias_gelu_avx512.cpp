@@ -1,0 +1,7 @@
+#include "bias_gelu_kernel.h"
+
+namespace vqkernels::cpu {
+
+const BiasGeluKernels bias_gelu_avx512 = {forward, backward, reduce};
+
+}  // namespace vqkernels::cpu
