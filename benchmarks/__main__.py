@@ -4,6 +4,7 @@ Exits with 1 where a result of vqkernels is not the canonical one or memory exce
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import (
+    bench_bias_gelu,
     bench_code_statistics,
     bench_ema_update,
+    bench_gate_residual_norm_modulate,
+    bench_geglu,
+    bench_group_norm_silu,
     bench_nearest_code,
+    bench_norm_modulate,
+    bench_qk_norm_rope,
     bench_residual_quantize,
     bench_residual_vq,
+    bench_swiglu,
     bench_vector_quantize,
     memory,
     report,
 )
-from benchmarks.cases import Case, parse_case
 from benchmarks.measure import OURS, Operation, Settings, measure
 from benchmarks.pedantic import available
 
@@ -36,6 +43,18 @@ OPERATIONS = {
         bench_code_statistics,
         bench_ema_update,
     )
+} | {
+    table.name: table
+    for module in (
+        bench_norm_modulate,
+        bench_gate_residual_norm_modulate,
+        bench_qk_norm_rope,
+        bench_bias_gelu,
+        bench_swiglu,
+        bench_geglu,
+        bench_group_norm_silu,
+    )
+    for table in module.tables
 }
 
 
@@ -46,14 +65,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--shape",
         action="append",
         metavar="TEXT",
-        help='only cases whose name, size or group contains TEXT (repeatable); "N,K,D[,Q]" measures that size instead',
+        help='only cases whose name, size or group contains TEXT (repeatable); "N,K,D[,Q]" or, for '
+        'denoising operations, "B,L,D" measures that size instead',
     )
     parser.add_argument(
         "--provider", action="append", metavar="TEXT", help="only peers whose name contains TEXT (repeatable)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every provider (default 1)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 10, with --quick 3)")
-    parser.add_argument("--quick", action="store_true", help="1/16 of the rows, 1/4 of the codes, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="1/16 of the rows, 1/4 of the codes, one image, 3 rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmarks.json, benchmarks.md and plots there")
     parser.add_argument("--list", action="store_true", help="list operations, cases and providers, and stop")
@@ -66,18 +86,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def plan(arguments: argparse.Namespace) -> list[tuple[Operation, Case, list[str]]]:
+def plan(arguments: argparse.Namespace) -> list[tuple[Operation, Any, list[str]]]:
     """The tables to measure: operation, case and the names of its providers, vqkernels first."""
     patterns = arguments.shape or []
-    own = [case for case in map(parse_case, patterns) if case]
-    texts = [text for text in patterns if not parse_case(text)]
+    texts = [text for text in patterns if not re.fullmatch(r"[\d,]+", text)]
     tables = []
     for name in arguments.op or OPERATIONS:
         operation = OPERATIONS[name]
+        own = [case for case in map(operation.parse, patterns) if case]
         matching = [
             case for case in operation.cases if not texts or any(text in f"{case} {case.group}" for text in texts)
         ]
-        cases = own + (matching if texts or not own else [])
+        cases = own + (matching if texts or not patterns else [])
         providers = [
             provider
             for provider in operation.providers

@@ -1,7 +1,7 @@
 """The sizes that are measured, and the data."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class Case(NamedTuple):
     def smaller(self) -> "Case":
         """The case for a quick look: a sixteenth of the rows, a quarter of the codes."""
         return self._replace(rows=-(-self.rows // 16), codes=-(-self.codes // 4))
+
+    def record(self) -> dict[str, Any]:
+        return {"rows": self.rows, "codes": self.codes, "dim": self.dim}
 
     def data(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows z [rows, dim] and codebook [codes, dim], the same for the same sizes on every device."""

@@ -3,14 +3,14 @@
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import limits
-from benchmarks.cases import Case
+from benchmarks.cases import parse_case
 from benchmarks.peers import Unavailable
 from benchmarks.timing import extra_bytes, seconds_of
 from benchmarks.truth import Check
@@ -22,15 +22,19 @@ COMPILED_GROUPS = ("published", "large codebook", "own")
 
 
 class Operation(NamedTuple):
-    """What is measured. `inputs` go to the providers and to `check`; `work` is what `limit` counts."""
+    """What is measured. `inputs` go to the providers and to `check`; `work` is what `limit` counts.
+
+    `cases` are sizes with `name`, `group`, `smaller()` and `record()`; `parse` reads one from the command line.
+    """
 
     name: str
-    cases: list[Case]
+    cases: Sequence[Any]
     providers: dict[str, Callable[..., Callable[[], Any]]]
-    inputs: Callable[[Case, torch.device], tuple[Any, ...]]
+    inputs: Callable[[Any, torch.device], tuple[Any, ...]]
     check: Callable[..., Check]
     limit: str  # "fma": float operations, "copy": bytes read and written
-    work: Callable[[Case], float]
+    work: Callable[[Any], float]
+    parse: Callable[[str], Any] = parse_case
 
 
 class Settings(NamedTuple):
@@ -54,7 +58,7 @@ class _Runner(NamedTuple):
 
 
 def measure(
-    operation: Operation, case: Case, names: list[str], settings: Settings, advance: Callable[[], None]
+    operation: Operation, case: Any, names: list[str], settings: Settings, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """The figures of one table. `advance` is called after the first calls and after every round."""
     device = settings.device
@@ -91,9 +95,7 @@ def measure(
         "operation": operation.name,
         "case": str(case),
         "group": case.group,
-        "rows": case.rows,
-        "codes": case.codes,
-        "dim": case.dim,
+        **case.record(),
         "limit": {"kind": operation.limit, "rate": rate or None, "unavailable": reason},
         "work": work,
         "results": results,
@@ -103,7 +105,7 @@ def measure(
 def _first_calls(
     prepare: Callable[..., Callable[[], Any]],
     name: str,
-    case: Case,
+    case: Any,
     inputs: tuple[Any, ...],
     check: Check,
     settings: Settings,

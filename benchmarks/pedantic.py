@@ -5,18 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import Case, parse_case
+from benchmarks.cases import Case
 from benchmarks.measure import OURS, Operation
 from benchmarks.peers import Unavailable
 
-TINY = parse_case("16,16,8")
 CPU = torch.device("cpu")
 
 
 def available(operation: Operation, device: torch.device) -> dict[str, str | None]:
-    """Every provider of an operation, with the reason where it does not serve a tiny case on this device."""
+    """Every provider of an operation, with the reason where it does not serve a small case on this device."""
     reasons: dict[str, str | None] = {}
-    inputs = operation.inputs(TINY, device)
+    inputs = operation.inputs(operation.cases[0].smaller(), device)
     for name, prepare in operation.providers.items():
         try:
             prepare(*inputs)

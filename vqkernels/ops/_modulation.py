@@ -78,19 +78,24 @@ def rows(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
 
 
+def of_rows(result: Tensor, x: Tensor) -> Tensor:
+    """A result [B, L, D] in the shape of x [B, ..., D]."""
+    return result if x.ndim == 3 else result.reshape(x.shape)
+
+
 def kernel_modulation(value: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """A checked modulation of x [B, ..., D] as [1, 1, D], [B, 1, D] or [B, L, D], in `dtype`."""
     if value is None:
         return None
     if value.ndim == 1:
-        value = value[None, None]
+        value = value.view(1, 1, -1)
     elif value.ndim == 2:
-        value = value[:, None]
+        value = value.unsqueeze(1)
     else:
         value = rows(value)
         if value.shape[1] != 1 and value.shape[0] != x.shape[0]:
             value = value.expand(x.shape[0], -1, -1)
-    return value if dtype is None else value.to(dtype)
+    return value if dtype is None or value.dtype == dtype else value.to(dtype)
 
 
 def gradient_layout(value: Tensor | None, x: Tensor, wanted: bool) -> int:
@@ -108,7 +113,8 @@ def gradient_of(value: Tensor | None, gradient: Tensor, layout: int) -> Tensor |
         return None
     if layout == OF_ROW and value.shape[0] != gradient.shape[0]:
         gradient = gradient.sum(0, keepdim=True, dtype=torch.float64)
-    return gradient.reshape(value.shape).to(value.dtype)
+    gradient = gradient.reshape(value.shape)
+    return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
 
 
 def empty_gradient(x: Tensor, layout: int, dtype: torch.dtype) -> Tensor:
@@ -121,7 +127,7 @@ def empty_gradient(x: Tensor, layout: int, dtype: torch.dtype) -> Tensor:
 
 def promoted(tensors: Sequence[Tensor | None]) -> torch.dtype:
     """The dtype of a sum of tensors."""
-    return reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
+    return reduce(torch.promote_types, {t.dtype for t in tensors if t is not None})
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from vqkernels.ops._modulation import (
     gradient_layout,
     gradient_of,
     kernel_modulation,
+    of_rows,
     promoted,
     rows,
     wide_of,
@@ -123,13 +124,13 @@ class _GateResidualNormModulate(torch.autograd.Function):
         residual, y, y2, mean, rstd = kernel(
             rows(x), rows(branch), kernel_modulation(gate, x), *modulations, weight, bias, norm, eps, two
         )
-        residual, y = residual.reshape(x.shape), y.reshape(x.shape)
+        residual, y = of_rows(residual, x), of_rows(y, x)
         # Without a gate the gradient needs the sum alone, which lives on as the residual.
         inputs = (residual, None) if gate is None else (x, branch)
         ctx.save_for_backward(*inputs, gate, shift, scale, shift2, scale2, weight, bias, mean, rstd)
         ctx.options = (norm, two, dtype, backend, x.dtype, branch.dtype)
         ctx.set_materialize_grads(False)
-        return (residual, y, y2.reshape(x.shape)) if two else (residual, y)
+        return (residual, y, of_rows(y2, x)) if two else (residual, y)
 
     @staticmethod
     @once_differentiable
@@ -159,8 +160,8 @@ class _GateResidualNormModulate(torch.autograd.Function):
         )
         grad_branch = grad_x if branch is None else grad_branch
         return (
-            grad_x.reshape(x.shape).to(x_dtype),
-            grad_branch.reshape(x.shape).to(branch_dtype),
+            of_rows(grad_x, x).to(x_dtype),
+            of_rows(grad_branch, x).to(branch_dtype),
             *map(gradient_of, modulations, gradients, layouts),
             grad_weight if needed[7] else None,
             grad_bias if needed[8] else None,

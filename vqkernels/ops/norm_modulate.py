@@ -19,6 +19,7 @@ from vqkernels.ops._modulation import (
     gradient_layout,
     gradient_of,
     kernel_modulation,
+    of_rows,
     promoted,
     rows,
     wide_of,
@@ -109,8 +110,7 @@ class _NormModulate(torch.autograd.Function):
         y, y2, mean, rstd = kernel(rows(x), *modulations, weight, bias, norm, eps, two)
         ctx.save_for_backward(x, shift, scale, shift2, scale2, weight, bias, mean, rstd)
         ctx.options = (norm, two, dtype, backend)
-        y = y.reshape(x.shape)
-        return (y, y2.reshape(x.shape)) if two else y
+        return (of_rows(y, x), of_rows(y2, x)) if two else of_rows(y, x)
 
     @staticmethod
     @once_differentiable
@@ -135,7 +135,7 @@ class _NormModulate(torch.autograd.Function):
             needed[5] or needed[6],
         )
         return (
-            grad_x.reshape(x.shape),
+            of_rows(grad_x, x),
             *map(gradient_of, modulations, gradients, layouts),
             grad_weight if needed[5] else None,
             grad_bias if needed[6] else None,
