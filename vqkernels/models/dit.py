@@ -191,6 +191,7 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        assert self.proj.bias is not None
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
