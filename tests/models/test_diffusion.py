@@ -237,6 +237,9 @@ def test_bad_calls():
         Diffusion().loss(lambda x, t: x, x0, t, noise=x0[0])
     with pytest.raises(ValueError, match=r"t: expected shape \[6\], got \[\]"):
         Diffusion().loss(lambda x, t: x, x0, t[0])
+    for t in (-1, 10):
+        with pytest.raises(IndexError, match=f"t: expected timesteps from 0 to 9, got {t}"):
+            Diffusion(timesteps=10).noised(x0[:1], torch.tensor([t]), x0[:1])
     with pytest.raises(ValueError, match="steps: expected from 1 to 10, got 11"):
         Diffusion(timesteps=10).respaced(11)
     with pytest.raises(ValueError, match="a flow has no timesteps"):

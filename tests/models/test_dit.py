@@ -263,3 +263,9 @@ def test_bad_inputs():
         model(x, t[:3], y)
     with pytest.raises(ValueError, match=r"y: expected shape \[4\], got \[\]"):
         model(x, t, y[0])
+    for labels, wrong in ((10, 11), (9, 10)):  # without label dropout there is no label of "no class"
+        model = DiT(**SMALL, class_dropout_prob=0.1 * (labels - 9)).eval()
+        model(x, t, torch.full_like(y, labels))
+        for label in (wrong, -1):
+            with pytest.raises(IndexError, match=rf"y: expected labels from 0 to {labels}, got {label}"):
+                model(x, t, torch.full_like(y, label))

@@ -39,7 +39,8 @@ def test_reference_is_that_of_diffusers(channels):
 @pytest.mark.parametrize("shape", [(2, 64, 5, 3), (1, 64, 1, 2), (1, 64, 16, 16)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fused_within_budget(shape, memory_format):
-    assert_fused_within_budget(*twins(), torch.randn(shape).to(memory_format=memory_format))
+    draws = max(4, 128 // (shape[2] * shape[3]))  # where positions are few, one sum or two make up the error of q and k
+    assert_fused_within_budget(*twins(), torch.randn(shape).to(memory_format=memory_format), draws=draws)
 
 
 def test_eager_is_the_reference_to_the_bit():

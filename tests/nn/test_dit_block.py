@@ -201,6 +201,8 @@ def test_autocast(numerics):
 def test_bad_arguments(layer):
     with pytest.raises(ValueError, match="num_heads: expected a divisor of 48, got 5"):
         layer(48, 5)
+    with pytest.raises(ValueError, match="mlp_ratio: expected at least 2 / 48, got -1"):
+        layer(48, 4, -1)
     with pytest.raises(ValueError, match="context: expected None without cross_attention_dim, got Tensor"):
         layer(48, 4)(torch.randn(1, 2, 48), torch.randn(1, 48), context=torch.randn(1, 2, 48))
     with pytest.raises(ValueError, match="context: expected a context, got NoneType"):

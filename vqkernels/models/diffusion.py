@@ -69,10 +69,18 @@ class Diffusion:
         return torch.randint(self.timesteps, (count,), generator=generator, device=device)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, s) of timesteps, float64, the shape of t."""
+        """(a, s) of timesteps, float64, the shape of t.
+
+        Raises:
+            IndexError: there is no such timestep (on CPU, where looking waits for nothing).
+        """
         if self.is_flow:
             noise = t.double() / self.timesteps
             return 1 - noise, noise
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = t[(t < 0) | (t >= self.timesteps)]
+            if len(outside):
+                raise IndexError(f"t: expected timesteps from 0 to {self.timesteps - 1}, got {outside[0].item()}")
         squared = self.signal.to(t.device)[t] ** 2
         return squared.sqrt(), (1 - squared).sqrt()
 

@@ -129,6 +129,7 @@ class DiT(nn.Module):
             [B, C, input_size, input_size], or 2 C channels with learn_sigma.
 
         Raises:
+            IndexError: there is no such label (on CPU, where looking waits for nothing).
             ValueError: a shape does not fit.
         """
         expected = (self.in_channels, self.input_size, self.input_size)
@@ -227,6 +228,11 @@ class LabelEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout_prob > 0:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.num_classes)
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():
+            labels = self.embedding_table.num_embeddings
+            outside = y[(y < 0) | (y >= labels)]
+            if len(outside):
+                raise IndexError(f"y: expected labels from 0 to {labels - 1}, got {outside[0].item()}")
         return self.embedding_table(y)
 
 

@@ -35,8 +35,8 @@ class AttnBlock(nn.Module):
 
 
 def as_single_head(x: Tensor) -> Tensor:
-    """Positions [B, 1, H W, C] of a map [B, C, H, W]."""
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+    """Positions [B, 1, H W, C] of a map [B, C, H, W], side by side, without which torch makes all scores at once."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 def as_map(x: Tensor, like: Tensor) -> Tensor:

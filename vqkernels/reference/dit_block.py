@@ -134,6 +134,8 @@ class DiTBlock(nn.Module):
         if mlp not in ("gelu", "swiglu"):
             raise ValueError(f'mlp: expected "gelu" or "swiglu", got {mlp!r}')
         width = int(hidden_size * mlp_ratio)
+        if width < 2:
+            raise ValueError(f"mlp_ratio: expected at least 2 / {hidden_size}, got {mlp_ratio}")
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPS)
         self.attn = self.attention_class(hidden_size, num_heads, qk_norm=qk_norm)
         if cross_attention_dim is not None:
