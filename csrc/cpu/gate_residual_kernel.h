@@ -11,11 +11,13 @@ template <class A>
 inline void gate_residual_rows(const GateResidualProblem& p, const RowsOut& residual, int64_t begin, int64_t end) {
   const int64_t dim = p.dim;
   const Buffer<A> work(4 * dim);
+  WideRows<A> gates(p.gate, dim, work.get() + 2 * dim, nullptr);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.length, l = row % p.length;
     const A* x = wide_row(p.x, b, l, dim, work.get());
     const A* branch = wide_row(p.branch, b, l, dim, work.get() + dim);
-    const A* gate = wide_row(p.gate, b, l, dim, work.get() + 2 * dim);
+    gates.move_to(b, l);
+    const A* gate = gates.row();
     A* out = begin_row(residual, row, dim, work.get() + 3 * dim);
     for_lanes<A>(dim, [&](int64_t d, auto part) VQKERNELS_INLINED {
       store_part(out + d, fma(load_part(gate + d, part), load_part(branch + d, part), load_part(x + d, part)), part);
@@ -29,13 +31,15 @@ inline void gate_residual_gradient(const GateResidualProblem& p, const GateResid
                                    A* partial, int64_t begin, int64_t end) {
   const int64_t dim = p.dim;
   const Buffer<A> work(4 * dim);
+  WideRows<A> gates(p.gate, dim, work.get() + 2 * dim, nullptr);
   RowSums<A, 1> sums(out.sums, chunks, dim, partial);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     sums.add_chunk(chunk, [&](int64_t b, int64_t l) {
       const int64_t row = b * p.length + l;
       const A* grad = wide_row(out.grad_residual, b, l, dim, work.get());
       const A* branch = wide_row(p.branch, b, l, dim, work.get() + dim);
-      const A* gate = wide_row(p.gate, b, l, dim, work.get() + 2 * dim);
+      gates.move_to(b, l);
+      const A* gate = gates.row();
       A* grad_branch = begin_row(out.grad_branch, row, dim, work.get() + 3 * dim);
       A* sum = sums.place(0);
       for_lanes<A>(dim, [&](int64_t d, auto part) VQKERNELS_INLINED {

@@ -36,15 +36,14 @@ VQKERNELS_LANES_INLINE auto load_part(const T* p, SomeLanes part) {
   return load(p, part.count);
 }
 // Lanes beyond the last number hold `fill`.
-template <class A>
-VQKERNELS_LANES_INLINE Lanes<A> load_filled(const A* p, A, WholeLanes) {
+template <class T, class A>
+VQKERNELS_LANES_INLINE Lanes<A> load_filled(const T* p, A, WholeLanes) {
   return load(p);
 }
-template <class A>
-VQKERNELS_LANES_INLINE Lanes<A> load_filled(const A* p, A fill, SomeLanes part) {
+template <class T, class A>
+VQKERNELS_LANES_INLINE Lanes<A> load_filled(const T* p, A fill, SomeLanes part) {
   A padded[Lanes<A>::count];
-  for (A& value : padded) value = fill;
-  std::memcpy(padded, p, part.count * sizeof(A));
+  for (int64_t i = 0; i < Lanes<A>::count; ++i) padded[i] = i < part.count ? static_cast<A>(widen(p[i])) : fill;
   return load(padded);
 }
 template <class T, class A>
@@ -116,12 +115,59 @@ inline const A* wide_row(const RowsView& rows, int64_t b, int64_t l, int64_t dim
   return scratch;
 }
 
+// A tensor of few different rows, such as a modulation: a copy in the arithmetic type lasts until the next one.
+template <class A>
+class WideRows {
+ public:
+  WideRows(const RowsView& rows, int64_t dim, A* scratch, const A* absent)
+      : row_(absent), rows_(rows), dim_(dim), scratch_(scratch) {}
+
+  // Goes to row l of item b; whether it is another one.
+  bool move_to(int64_t b, int64_t l) {
+    if (!rows_.data || (b == b_ && rows_.row_stride == 0)) return false;
+    row_ = wide_row(rows_, b, l, dim_, scratch_);
+    b_ = b;
+    return true;
+  }
+  const A* row() const { return row_; }
+
+ private:
+  const A* row_;
+  const RowsView& rows_;
+  const int64_t dim_;
+  A* const scratch_;
+  int64_t b_ = -1;
+};
+
+// Rows that are read or written once, in their own type S. It is the arithmetic type where tensors differ in type;
+// their rows are widened and narrowed in `scratch` then.
+template <class S, class A>
+inline const S* read_row(const RowsView& rows, int64_t b, int64_t l, int64_t dim, A* scratch) {
+  if constexpr (sizeof(S) == sizeof(A)) {
+    return wide_row(rows, b, l, dim, scratch);
+  } else {
+    return static_cast<const S*>(rows.data) + b * rows.batch_stride + l * rows.row_stride;
+  }
+}
+
 // Where a row of an output is made: in its place if it has the arithmetic type, else in `scratch`, for `finish_row`.
 template <class A>
 inline A* begin_row(const RowsOut& rows, int64_t row, int64_t dim, A* scratch) {
   return rows.dtype == kArithmeticType<A> ? static_cast<A*>(rows.data) + row * dim : scratch;
 }
 
+// The same for rows of the type S of `read_row`.
+template <class S, class A>
+inline S* write_row(const RowsOut& rows, int64_t row, int64_t dim, A* scratch) {
+  if constexpr (sizeof(S) == sizeof(A)) {
+    return begin_row(rows, row, dim, scratch);
+  } else {
+    return static_cast<S*>(rows.data) + row * dim;
+  }
+}
+
+inline void finish_row(const RowsOut&, int64_t, int64_t, const BFloat16*) {}
+inline void finish_row(const RowsOut&, int64_t, int64_t, const Half*) {}
 template <class A>
 inline void finish_row(const RowsOut& rows, int64_t row, int64_t dim, const A* values) {
   void* data = static_cast<char*>(rows.data) + row * dim * size_of(rows.dtype);

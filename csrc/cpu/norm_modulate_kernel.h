@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "modulation_kernel.h"
 #include "norm_modulate.h"
@@ -19,7 +20,8 @@ enum Scratch {
   kFactor = kWideScale + 2,  // 1 + scale
   kResidual = kFactor + 2,
   kOut,
-  kOutBranch,
+  kNormalized,
+  kGradNormalized,
   kWideGrad,
   kWideGradResidual = kWideGrad + 2,
   kOnes,
@@ -67,48 +69,71 @@ VQKERNELS_LANES_INLINE std::array<A, kCount> sum_lanes(int64_t dim, const Body& 
   return totals;
 }
 
-// What modulates the row at hand, kept while rows have it in common.
+// What modulates the row at hand.
 template <class A>
 class Modulation {
  public:
   Modulation(const NormModulateProblem& p, int i, const Workspace<A>& work)
-      : shift(work.row(kZeros)),
-        factor(work.row(kOnes)),
-        shift_(p.shift[i]),
-        scale_(p.scale[i]),
+      : factor_(work.row(kOnes)),
+        shift_(p.shift[i], p.dim, work.row(kWideShift + i), work.row(kZeros)),
+        scale_(p.scale[i], p.dim, work.row(kWideScale + i), nullptr),
         dim_(p.dim),
-        i_(i),
-        work_(work) {}
+        made_(work.row(kFactor + i)) {}
 
   void move_to(int64_t b, int64_t l) {
-    if (shift_.data) shift = wide_row(shift_, b, l, dim_, work_.row(kWideShift + i_));
-    if (scale_.data && (b != b_ || scale_.row_stride != 0)) {
-      const A* scale = wide_row(scale_, b, l, dim_, work_.row(kWideScale + i_));
-      A* out = work_.row(kFactor + i_);
-      for_lanes<A>(dim_, [&](int64_t d, auto part) VQKERNELS_INLINED {
-        store_part(out + d, broadcast(A(1)) + load_part(scale + d, part), part);
-      });
-      factor = out;
-    }
-    b_ = b;
+    shift_.move_to(b, l);
+    if (!scale_.move_to(b, l)) return;
+    const A* scale = scale_.row();
+    for_lanes<A>(dim_, [&](int64_t d, auto part) VQKERNELS_INLINED {
+      store_part(made_ + d, broadcast(A(1)) + load_part(scale + d, part), part);
+    });
+    factor_ = made_;
   }
-
-  const A* shift;
-  const A* factor;
+  const A* shift() const { return shift_.row(); }
+  const A* factor() const { return factor_; }  // 1 + scale
 
  private:
-  const RowsView& shift_;
-  const RowsView& scale_;
+  const A* factor_;
+  WideRows<A> shift_;
+  WideRows<A> scale_;
   const int64_t dim_;
-  const int i_;
-  const Workspace<A>& work_;
-  int64_t b_ = -1;
+  A* const made_;
 };
 
-template <class A, bool kAffine>
-inline void modulate_row(const A* r, A mean, A rstd, const A* weight, const A* bias, const A* factor, const A* shift,
-                         int64_t dim, A* y) {
-  const Lanes<A> means = broadcast(mean), rstds = broadcast(rstd);
+template <class A>
+struct Statistics {
+  A mean;
+  A rstd;
+};
+
+// Of a row of sum `total`; R: where it was not made from a branch, the type it is stored in.
+template <class A, class R>
+inline Statistics<A> row_statistics(const R* r, A total, int64_t dim, bool rms, A eps) {
+  const A count = static_cast<A>(dim);
+  A mean = 0, squares;
+  if (rms) {
+    squares = sum_lanes<A, 1>(dim, [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
+      const Lanes<A> value = load_part(r + d, part);
+      sum[0] = fma(value, value, sum[0]);
+    })[0];
+  } else {
+    mean = total / count;
+    const Lanes<A> means = broadcast(mean);
+    const auto sums = sum_lanes<A, 2>(dim, [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
+      const Lanes<A> difference = load_filled(r + d, mean, part) - means;
+      sum[0] = sum[0] + difference;
+      sum[1] = fma(difference, difference, sum[1]);
+    });
+    mean += sums[0] / count;
+    squares = std::max(sums[1] - sums[0] * (sums[0] / count), A(0));
+  }
+  return {mean, A(1) / std::sqrt(squares / count + eps)};
+}
+
+template <class A, class R, class S, bool kAffine>
+inline void modulate_row(const R* r, const Statistics<A>& statistics, const A* weight, const A* bias, const A* factor,
+                         const A* shift, int64_t dim, S* y) {
+  const Lanes<A> means = broadcast(statistics.mean), rstds = broadcast(statistics.rstd);
   for_lanes<A>(dim, [&](int64_t d, auto part) VQKERNELS_INLINED {
     Lanes<A> n = (load_part(r + d, part) - means) * rstds;
     if constexpr (kAffine) n = fma(n, load_part(weight + d, part), load_part(bias + d, part));
@@ -118,94 +143,90 @@ inline void modulate_row(const A* r, A mean, A rstd, const A* weight, const A* b
   });
 }
 
-template <class A>
+template <class A, class S>
 inline void norm_modulate_rows(const NormModulateProblem& p, const NormModulateResult& out, int64_t begin,
                                int64_t end) {
   const int64_t dim = p.dim;
   const Workspace<A> work(dim);
   const A* weight = p.weight ? static_cast<const A*>(p.weight) : work.row(kOnes);
   const A* bias = p.bias ? static_cast<const A*>(p.bias) : work.row(kZeros);
-  const bool affine = p.weight || p.bias;
-  const A count = static_cast<A>(dim);
-  const A* gate = work.row(kOnes);
+  WideRows<A> gates(p.gate, dim, work.row(kWideGate), work.row(kOnes));
   Modulation<A> modulations[2] = {{p, 0, work}, {p, 1, work}};
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t b = row / p.length, l = row % p.length;
-    const A* x = wide_row(p.x, b, l, dim, work.row(kWideX));
-    const A* r = x;
-    A mean = 0, squares;
-    if (p.branch.data) {
-      const A* branch = wide_row(p.branch, b, l, dim, work.row(kWideBranch));
-      if (p.gate.data) gate = wide_row(p.gate, b, l, dim, work.row(kWideGate));
-      A* residual = begin_row(out.residual, row, dim, work.row(kResidual));
-      mean = sum_lanes<A, 1>(dim,
-                             [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
-                               const Lanes<A> value =
-                                   fma(load_part(gate + d, part), load_part(branch + d, part), load_part(x + d, part));
-                               store_part(residual + d, value, part);
-                               fetch(branch + dim + d);
-                               fetch(residual + dim + d);
-                               sum[0] = sum[0] + value;
-                             })[0] /
-             count;
-      finish_row(out.residual, row, dim, residual);
-      r = residual;
-    } else if (!p.rms) {
-      mean = sum_lanes<A, 1>(dim, [&](int64_t d, auto part, Lanes<A>* sum)
-                                      VQKERNELS_INLINED { sum[0] = sum[0] + load_part(r + d, part); })[0] /
-             count;
-    }
-    if (p.rms) {
-      mean = 0;
-      squares = sum_lanes<A, 1>(dim, [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
-        const Lanes<A> value = load_part(r + d, part);
-        sum[0] = fma(value, value, sum[0]);
-      })[0];
-    } else {
-      const Lanes<A> means = broadcast(mean);
-      const auto sums = sum_lanes<A, 2>(dim, [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
-        const Lanes<A> difference = load_filled(r + d, mean, part) - means;
-        sum[0] = sum[0] + difference;
-        sum[1] = fma(difference, difference, sum[1]);
-      });
-      mean += sums[0] / count;
-      squares = std::max(sums[1] - sums[0] * (sums[0] / count), A(0));
-    }
-    const A rstd = A(1) / std::sqrt(squares / count + static_cast<A>(p.eps));
-    if (out.mean) static_cast<A*>(out.mean)[row] = mean;
-    static_cast<A*>(out.rstd)[row] = rstd;
+
+  // r: the row to normalize, total: its sum.
+  const auto normalize = [&](int64_t b, int64_t l, const auto* r, A total) {
+    using R = std::decay_t<decltype(*r)>;
+    const int64_t row = b * p.length + l;
+    const Statistics<A> statistics = row_statistics(r, total, dim, p.rms, static_cast<A>(p.eps));
+    if (out.mean) static_cast<A*>(out.mean)[row] = statistics.mean;
+    static_cast<A*>(out.rstd)[row] = statistics.rstd;
+    const auto modulate = p.weight || p.bias ? modulate_row<A, R, S, true> : modulate_row<A, R, S, false>;
     for (int i = 0; i < p.modulations; ++i) {
       modulations[i].move_to(b, l);
-      A* y = begin_row(out.y[i], row, dim, work.row(kOut));
-      const auto modulate = affine ? modulate_row<A, true> : modulate_row<A, false>;
-      modulate(r, mean, rstd, weight, bias, modulations[i].factor, modulations[i].shift, dim, y);
+      S* y = write_row<S>(out.y[i], row, dim, work.row(kOut));
+      modulate(r, statistics, weight, bias, modulations[i].factor(), modulations[i].shift(), dim, y);
       finish_row(out.y[i], row, dim, y);
+    }
+  };
+
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.length, l = row % p.length;
+    const S* x = read_row<S>(p.x, b, l, dim, work.row(kWideX));
+    if (p.branch.data) {
+      const S* branch = read_row<S>(p.branch, b, l, dim, work.row(kWideBranch));
+      gates.move_to(b, l);
+      const A* gate = gates.row();
+      S* residual = write_row<S>(out.residual, row, dim, work.row(kResidual));
+      A* wide = work.row(kResidual);
+      const auto totals = sum_lanes<A, 1>(dim, [&](int64_t d, auto part, Lanes<A>* sum) VQKERNELS_INLINED {
+        const Lanes<A> r = fma(load_part(gate + d, part), load_part(branch + d, part), load_part(x + d, part));
+        store_part(residual + d, r, part);
+        if constexpr (sizeof(S) != sizeof(A)) store_part(wide + d, r, part);
+        sum[0] = sum[0] + r;
+        fetch(branch + dim + d);
+        fetch(residual + dim + d);
+      });
+      finish_row(out.residual, row, dim, residual);
+      if constexpr (sizeof(S) != sizeof(A)) {
+        normalize(b, l, static_cast<const A*>(wide), totals[0]);
+      } else {
+        normalize(b, l, static_cast<const A*>(residual), totals[0]);
+      }
+    } else {
+      A total = 0;
+      if (!p.rms) {
+        total = sum_lanes<A, 1>(dim, [&](int64_t d, auto part, Lanes<A>* sum)
+                                         VQKERNELS_INLINED { sum[0] = sum[0] + load_part(x + d, part); })[0];
+      }
+      normalize(b, l, x, total);
     }
   }
 }
 
 // The rows that the gradient of one row is made of, and where it goes.
-template <class A>
+template <class A, class S>
 struct GradientRow {
-  const A* x;
-  const A* branch;
+  const S* x;
+  const S* branch;
   const A* gate;
-  const A* grad_y[2];
+  const S* grad_y[2];
   const A* factor[2];
   const A* weight;
   const A* bias;
-  const A* grad_residual;
+  const S* grad_residual;
   A mean;
   A rstd;
   bool rms;
-  A* grad_x;
-  A* grad_branch;
+  A* h;   // normalized row
+  A* dh;  // its gradient
+  S* grad_x;
+  S* grad_branch;
   A* sums[kSums];
 };
 
-template <class A, bool kBranch, bool kAffine, bool kTwo>
-inline void gradient_row(const GradientRow<A>& row, int64_t dim) {
-  const GradientRow<A> g = row;  // stores do not make the compiler read its pointers again
+template <class A, class S, bool kBranch, bool kAffine, bool kTwo>
+inline void gradient_row(const GradientRow<A, S>& row, int64_t dim) {
+  const GradientRow<A, S> g = row;  // stores do not make the compiler read its pointers again
   const Lanes<A> means = broadcast(g.mean), rstds = broadcast(g.rstd);
   Lanes<A> of_dh = broadcast(A(0)), of_dh_h = broadcast(A(0));
   for_lanes<A>(dim, [&](int64_t d, auto part) VQKERNELS_INLINED {
@@ -236,12 +257,11 @@ inline void gradient_row(const GradientRow<A>& row, int64_t dim) {
       add(kBias, dn);
       dh = dn * load_part(g.weight + d, part);
     }
-    // The rows of the results hold what the second pass needs: the cache has no room for more rows.
-    store_part(g.grad_x + d, dh, part);
+    store_part(g.dh + d, dh, part);
     fetch_far(g.x + dim + d);
     fetch_far(g.grad_x + dim + d);
     if constexpr (kBranch) fetch_far(g.branch + dim + d);
-    if constexpr (kBranch) store_part(g.grad_branch + d, h, part);
+    if constexpr (kBranch) store_part(g.h + d, h, part);
     of_dh = of_dh + dh;
     of_dh_h = fma(dh, h, of_dh_h);
   });
@@ -251,11 +271,11 @@ inline void gradient_row(const GradientRow<A>& row, int64_t dim) {
   for_lanes<A>(dim, [&](int64_t d, auto part) VQKERNELS_INLINED {
     Lanes<A> h;
     if constexpr (kBranch) {
-      h = load_part(g.grad_branch + d, part);
+      h = load_part(g.h + d, part);
     } else {
       h = (load_part(g.x + d, part) - means) * rstds;
     }
-    const Lanes<A> centered = load_part(g.grad_x + d, part) - mean_dh - h * mean_dh_h;
+    const Lanes<A> centered = load_part(g.dh + d, part) - mean_dh - h * mean_dh_h;
     const Lanes<A> dr = fma(rstds, centered, load_part(g.grad_residual + d, part));
     store_part(g.grad_x + d, dr, part);
     fetch_far(g.grad_y[0] + dim + d);
@@ -269,53 +289,62 @@ inline void gradient_row(const GradientRow<A>& row, int64_t dim) {
   });
 }
 
-template <class A>
-using GradientRowKernel = void (*)(const GradientRow<A>&, int64_t dim);
+template <class A, class S>
+using GradientRowKernel = void (*)(const GradientRow<A, S>&, int64_t dim);
 
-template <class A>
-inline GradientRowKernel<A> choose_gradient_row(bool branch, bool affine, bool two) {
-  const GradientRowKernel<A> kernels[] = {gradient_row<A, false, false, false>, gradient_row<A, false, false, true>,
-                                          gradient_row<A, false, true, false>,  gradient_row<A, false, true, true>,
-                                          gradient_row<A, true, false, false>,  gradient_row<A, true, false, true>,
-                                          gradient_row<A, true, true, false>,   gradient_row<A, true, true, true>};
+template <class A, class S>
+inline GradientRowKernel<A, S> choose_gradient_row(bool branch, bool affine, bool two) {
+  const GradientRowKernel<A, S> kernels[] = {
+      gradient_row<A, S, false, false, false>, gradient_row<A, S, false, false, true>,
+      gradient_row<A, S, false, true, false>,  gradient_row<A, S, false, true, true>,
+      gradient_row<A, S, true, false, false>,  gradient_row<A, S, true, false, true>,
+      gradient_row<A, S, true, true, false>,   gradient_row<A, S, true, true, true>};
   return kernels[4 * branch + 2 * affine + two];
 }
 
-template <class A>
+template <class A, class S>
 inline void norm_modulate_gradient(const NormModulateProblem& p, const NormModulateGradient& out, const Chunks& chunks,
                                    A* partial, int64_t begin, int64_t end) {
   const int64_t dim = p.dim;
   const Workspace<A> work(dim);
-  const bool two = p.modulations == 2;
-  const GradientRowKernel<A> kernel = choose_gradient_row<A>(p.branch.data, p.weight || p.bias, two);
+  const auto kernel = choose_gradient_row<A, S>(p.branch.data, p.weight || p.bias, p.modulations == 2);
+  WideRows<A> gates(p.gate, dim, work.row(kWideGate), nullptr);
   Modulation<A> modulations[2] = {{p, 0, work}, {p, 1, work}};
   RowSums<A, kSums> sums(out.sums, chunks, dim, partial);
-  GradientRow<A> g;
+  GradientRow<A, S> g;
   g.weight = p.weight ? static_cast<const A*>(p.weight) : work.row(kOnes);
   g.bias = p.bias ? static_cast<const A*>(p.bias) : work.row(kZeros);
   g.rms = p.rms;
-  g.grad_residual = work.row(kZeros);
+  g.grad_residual = static_cast<const S*>(static_cast<const void*>(work.row(kZeros)));
   for (int i = 0; i < kSums; ++i) g.sums[i] = sums.place(i);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     sums.add_chunk(chunk, [&](int64_t b, int64_t l) {
       const int64_t row = b * p.length + l;
-      g.x = wide_row(p.x, b, l, dim, work.row(kWideX));
+      g.x = read_row<S>(p.x, b, l, dim, work.row(kWideX));
+      g.h = work.row(kNormalized);
       if (p.branch.data) {
-        g.branch = wide_row(p.branch, b, l, dim, work.row(kWideBranch));
-        g.gate = wide_row(p.gate, b, l, dim, work.row(kWideGate));
-        g.grad_branch = begin_row(out.grad_branch, row, dim, work.row(kOutBranch));
+        g.branch = read_row<S>(p.branch, b, l, dim, work.row(kWideBranch));
+        gates.move_to(b, l);
+        g.gate = gates.row();
+        g.grad_branch = write_row<S>(out.grad_branch, row, dim, work.row(kNormalized));
       }
       for (int i = 0; i < p.modulations; ++i) {
         modulations[i].move_to(b, l);
-        g.factor[i] = modulations[i].factor;
-        g.grad_y[i] = wide_row(out.grad_y[i], b, l, dim, work.row(kWideGrad + i));
+        g.factor[i] = modulations[i].factor();
+        g.grad_y[i] = read_row<S>(out.grad_y[i], b, l, dim, work.row(kWideGrad + i));
       }
       if (out.grad_residual.data) {
-        g.grad_residual = wide_row(out.grad_residual, b, l, dim, work.row(kWideGradResidual));
+        g.grad_residual = read_row<S>(out.grad_residual, b, l, dim, work.row(kWideGradResidual));
       }
       g.mean = p.rms ? A(0) : static_cast<const A*>(out.mean)[row];
       g.rstd = static_cast<const A*>(out.rstd)[row];
-      g.grad_x = begin_row(out.grad_x, row, dim, work.row(kOut));
+      g.grad_x = write_row<S>(out.grad_x, row, dim, work.row(kGradNormalized));
+      g.dh = work.row(kGradNormalized);
+      if constexpr (sizeof(S) == sizeof(A)) {
+        // The rows of the results hold what is needed in between: the cache has no room for more rows.
+        g.dh = g.grad_x;
+        if (p.branch.data) g.h = g.grad_branch;
+      }
       kernel(g, dim);
       finish_row(out.grad_x, row, dim, g.grad_x);
       if (p.branch.data) finish_row(out.grad_branch, row, dim, g.grad_branch);
@@ -323,15 +352,41 @@ inline void norm_modulate_gradient(const NormModulateProblem& p, const NormModul
   }
 }
 
+// The type of all tensors that are read or written row by row, or float32 where they differ.
+inline DType common_type(DType first, std::initializer_list<RowsView> views, std::initializer_list<RowsOut> outs) {
+  bool same = true;
+  for (const RowsView& view : views) same = same && (!view.data || view.dtype == first);
+  for (const RowsOut& out : outs) same = same && (!out.data || out.dtype == first);
+  return same ? first : DType::float32;
+}
+
 inline void forward(const NormModulateProblem& p, const NormModulateResult& out, int64_t begin, int64_t end) {
-  if (p.wide) return norm_modulate_rows<double>(p, out, begin, end);
-  norm_modulate_rows<float>(p, out, begin, end);
+  if (p.wide) return norm_modulate_rows<double, double>(p, out, begin, end);
+  switch (common_type(p.x.dtype, {p.branch}, {out.residual, out.y[0], out.y[1]})) {
+    case DType::bfloat16:
+      return norm_modulate_rows<float, BFloat16>(p, out, begin, end);
+    case DType::float16:
+      return norm_modulate_rows<float, Half>(p, out, begin, end);
+    default:
+      return norm_modulate_rows<float, float>(p, out, begin, end);
+  }
 }
 
 inline void backward(const NormModulateProblem& p, const NormModulateGradient& out, const Chunks& chunks, void* partial,
                      int64_t begin, int64_t end) {
-  if (p.wide) return norm_modulate_gradient(p, out, chunks, static_cast<double*>(partial), begin, end);
-  norm_modulate_gradient(p, out, chunks, static_cast<float*>(partial), begin, end);
+  if (p.wide) {
+    return norm_modulate_gradient<double, double>(p, out, chunks, static_cast<double*>(partial), begin, end);
+  }
+  float* sums = static_cast<float*>(partial);
+  switch (common_type(p.x.dtype, {p.branch, out.grad_residual, out.grad_y[0], out.grad_y[1]},
+                      {out.grad_x, out.grad_branch})) {
+    case DType::bfloat16:
+      return norm_modulate_gradient<float, BFloat16>(p, out, chunks, sums, begin, end);
+    case DType::float16:
+      return norm_modulate_gradient<float, Half>(p, out, chunks, sums, begin, end);
+    default:
+      return norm_modulate_gradient<float, float>(p, out, chunks, sums, begin, end);
+  }
 }
 
 inline void reduce(const NormModulateProblem& p, const NormModulateGradient& out, const Chunks& chunks,

@@ -559,6 +559,7 @@ def test_bad_input(options, error, message):
         {3: torch.zeros(1, 5, 13), 4: torch.zeros(1, 5, 13)},
         {4: torch.zeros(1, 5, 8)},
         {5: torch.zeros(2, 5, 3)},
+        {5: torch.ones(2, 5, 3, 1), 6: "layer"},
         {6: "batch"},
         {9: "pairs"},
     ],

@@ -61,7 +61,8 @@ class FeedForward(torch.autograd.Function):
         ctx.save_for_backward(x, bias)
         ctx.call = (name, options, backend)
         y = _backend.implementation(name, backend)(as_rows(x), bias, *options)
-        return y.reshape(*x.shape[:-1], dim)
+        # No view, which autograd would not let anybody modify.
+        return y if y.ndim == x.ndim else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], dim))
 
     @staticmethod
     @once_differentiable

@@ -41,6 +41,8 @@ def check_modulation(name: str, value: Tensor | None, x: Tensor) -> None:
     check_tensor(name, value, FLOAT_TYPES)
     check_device(name, value, "x", x)
     shape, of_x = value.shape, x.shape
+    if len(shape) == 2 and shape[0] == of_x[0] and shape[1] == of_x[-1]:
+        return
     fits = len(shape) in (1, 2, len(of_x)) and shape[-1] == of_x[-1]
     if fits and len(shape) > 1:
         fits = shape[0] in (1, of_x[0]) and (shape[1:-1] == of_x[1:-1] or all(size == 1 for size in shape[1:-1]))

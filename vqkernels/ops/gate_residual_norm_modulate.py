@@ -98,39 +98,46 @@ _backend.define(
 )
 
 
+def _forward(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    shift2: Tensor | None,
+    scale2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    two: bool,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The results of `gate_residual_norm_modulate`, mean and rstd."""
+    modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
+    if all(value is None for value in modulations) and dtype != promoted((x, branch, gate)):
+        modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
+    kernel = _backend.implementation("gate_residual_norm_modulate", backend)
+    residual, y, y2, mean, rstd = kernel(
+        rows(x), rows(branch), kernel_modulation(gate, x), *modulations, weight, bias, norm, eps, two
+    )
+    results = (residual, y, y2) if two else (residual, y)
+    return tuple(of_rows(result, x) for result in results), mean, rstd
+
+
 class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor,
-        gate: Tensor | None,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        shift2: Tensor | None,
-        scale2: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm: str,
-        eps: float,
-        two: bool,
-        dtype: torch.dtype,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
-        if modulations == [None] * 4 and dtype != promoted((x, branch, gate)):
-            modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
-        kernel = _backend.implementation("gate_residual_norm_modulate", backend)
-        residual, y, y2, mean, rstd = kernel(
-            rows(x), rows(branch), kernel_modulation(gate, x), *modulations, weight, bias, norm, eps, two
-        )
-        residual, y = of_rows(residual, x), of_rows(y, x)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        results, mean, rstd = _forward(*arguments)
+        x, branch, gate = arguments[:3]
+        norm, _, two, dtype, backend = arguments[9:]
         # Without a gate the gradient needs the sum alone, which lives on as the residual.
-        inputs = (residual, None) if gate is None else (x, branch)
-        ctx.save_for_backward(*inputs, gate, shift, scale, shift2, scale2, weight, bias, mean, rstd)
+        inputs = (results[0], None) if gate is None else (x, branch)
+        ctx.save_for_backward(*inputs, *arguments[2:9], mean, rstd)
         ctx.options = (norm, two, dtype, backend, x.dtype, branch.dtype)
         ctx.set_materialize_grads(False)
-        return (residual, y, of_rows(y2, x)) if two else (residual, y)
+        return results
 
     @staticmethod
     @once_differentiable
@@ -245,6 +252,6 @@ def gate_residual_norm_modulate(
     dtype = promoted((x, branch, gate, shift, scale, shift2, scale2))
     dtype = torch.promote_types(dtype, norm_dtype(x.new_empty(0, dtype=residual_dtype), norm))
     two = second is not None
-    return _GateResidualNormModulate.apply(
-        x, branch, gate, shift, scale, shift2, scale2, weight, bias, norm, float(eps), two, dtype, backend
-    )
+    options = (norm, float(eps), two, dtype, backend)
+    arguments = (x, branch, gate, shift, scale, shift2, scale2, weight, bias, *options)
+    return _GateResidualNormModulate.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]

@@ -86,31 +86,37 @@ _backend.define(
 )
 
 
+def _forward(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    shift2: Tensor | None,
+    scale2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    two: bool,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[Any, Tensor, Tensor]:
+    """The result of `norm_modulate`, mean and rstd."""
+    modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
+    if x.dtype != dtype and all(value is None for value in modulations):
+        modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
+    kernel = _backend.implementation("norm_modulate", backend)
+    y, y2, mean, rstd = kernel(rows(x), *modulations, weight, bias, norm, eps, two)
+    return (of_rows(y, x), of_rows(y2, x)) if two else of_rows(y, x), mean, rstd
+
+
 class _NormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        shift2: Tensor | None,
-        scale2: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm: str,
-        eps: float,
-        two: bool,
-        dtype: torch.dtype,
-        backend: str | None,
-    ) -> Any:
-        modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
-        if x.dtype != dtype and modulations == [None] * 4:
-            modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
-        kernel = _backend.implementation("norm_modulate", backend)
-        y, y2, mean, rstd = kernel(rows(x), *modulations, weight, bias, norm, eps, two)
-        ctx.save_for_backward(x, shift, scale, shift2, scale2, weight, bias, mean, rstd)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result, mean, rstd = _forward(*arguments)
+        ctx.save_for_backward(*arguments[:7], mean, rstd)
+        norm, _, two, dtype, backend = arguments[7:]
         ctx.options = (norm, two, dtype, backend)
-        return (of_rows(y, x), of_rows(y2, x)) if two else of_rows(y, x)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -205,4 +211,5 @@ def norm_modulate(
     shift2, scale2 = (None, None) if second is None else second
     dtype = torch.promote_types(norm_dtype(x, norm), promoted((x, shift, scale, shift2, scale2)))
     two = second is not None
-    return _NormModulate.apply(x, shift, scale, shift2, scale2, weight, bias, norm, float(eps), two, dtype, backend)
+    arguments = (x, shift, scale, shift2, scale2, weight, bias, norm, float(eps), two, dtype, backend)
+    return _NormModulate.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]

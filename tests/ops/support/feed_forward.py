@@ -201,6 +201,11 @@ def check_gradients(op: Operation) -> None:
         op.fused(x.requires_grad_(), bias.requires_grad_())
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), bias.data_ptr()}  # and nothing that was computed
 
+    for shape in ((8,), (6, 8), (2, 3, 8), (2, 3, 2, 8)):  # results may be modified in place
+        leaf, addend = op.data(shape)
+        (grad,) = torch.autograd.grad(op.fused(leaf.requires_grad_(), addend).mul_(2).sum(), leaf)
+        assert same_bits(grad, torch.autograd.grad(2 * op.fused(leaf, addend).sum(), leaf)[0])
+
     frozen = bias.detach()
     assert same_bits(*(torch.autograd.grad(op.fused(x, b).sum(), x)[0] for b in (bias, frozen)))
     x = x.detach()
@@ -258,6 +263,10 @@ def check_direct_calls(op: Operation, name: str, *options: str) -> None:
     """What memory safety needs is checked by the operation itself."""
     forward, backward = (getattr(torch.ops.vqkernels, n) for n in (name, f"{name}_backward"))
     check_refusals(op, forward, backward, options, "cpu")
+    x, bias = op.data((2, 3, 4))
+    grad = torch.randn(2, 3, 4)
+    wider = backward(grad.double(), x, bias, *options, True)
+    assert all(map(same_bits, wider, backward(grad, x, bias, *options, True)))
 
 
 def check_refusals(
