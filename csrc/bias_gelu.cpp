@@ -36,10 +36,12 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(const Tensor& grad_y, const Te
   const cpu::KeepSubnormals mode;
   std::vector<Tensor> kept;
   const cpu::BiasGeluProblem p = bias_gelu_problem(x, bias, approximate, kept);
+  check_shape(grad_y, "grad_y", {p.batch, p.length, p.dim});
+  check_same_device(grad_y, "grad_y", x);
   Tensor grad_x = empty(x, {p.batch, p.length, p.dim}, x.scalar_type());
   Tensor grad_bias = empty_bias_gradient(x, bias, bias_gradient);
   const cpu::BiasGeluGradient g{
-      rows_view(grad_y, "grad_y", x, false, kept), rows_out(grad_x), {bias_sum(grad_bias, bias_gradient)}};
+      gradient_view(grad_y, p.wide, kept), rows_out(grad_x), {bias_sum(grad_bias, bias_gradient)}};
   cpu::bias_gelu_backward(p, g, torch_threads());
   return {grad_x, grad_bias};
 }

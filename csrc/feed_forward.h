@@ -32,6 +32,13 @@ inline cpu::GradientOut bias_sum(Tensor& grad_bias, bool wanted) {
   return {grad_bias.mutable_data_ptr(), dtype_of(grad_bias, "grad_bias"), cpu::Layout::of_all};
 }
 
+// The gradient of a result. One that is wider than the arithmetic is rounded: kernels read nothing wider.
+inline cpu::RowsView gradient_view(const Tensor& grad_y, bool wide, std::vector<Tensor>& kept) {
+  const bool narrows = !wide && grad_y.scalar_type() == ScalarType::Double;
+  const Tensor grad = narrows ? torch::stable::to(grad_y, ScalarType::Float) : grad_y;
+  return rows_view(grad, "grad_y", grad, false, kept);
+}
+
 inline cpu::GatedActivationProblem gated_problem(const Tensor& x, const OptionalTensor& bias, const std::string& gate,
                                                  cpu::Activation activation, std::vector<Tensor>& kept) {
   const Sizes sizes = sizes_of(x);
@@ -69,7 +76,7 @@ inline std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad_y
   Tensor grad_x = empty(x, {p.batch, p.length, 2 * p.dim}, x.scalar_type());
   Tensor grad_bias = empty_bias_gradient(x, bias, bias_gradient);
   const cpu::GatedActivationGradient g{
-      rows_view(grad_y, "grad_y", grad_y, false, kept), rows_out(grad_x), {bias_sum(grad_bias, bias_gradient)}};
+      gradient_view(grad_y, p.wide, kept), rows_out(grad_x), {bias_sum(grad_bias, bias_gradient)}};
   cpu::gated_activation_backward(p, g, torch_threads());
   return {grad_x, grad_bias};
 }

@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> gate_residual_backward_cpu(const Tensor& grad_residua
                                                       const Tensor& gate, int64_t layout) {
   const cpu::KeepSubnormals mode;
   std::vector<Tensor> kept;
-  cpu::GateResidualProblem p = gate_residual_problem(branch, gate, grad_residual, grad_residual.scalar_type(), kept);
+  const ScalarType type = promoted(promoted(grad_residual.scalar_type(), branch.scalar_type()), gate.scalar_type());
+  cpu::GateResidualProblem p = gate_residual_problem(branch, gate, grad_residual, type, kept);
   Tensor grad_branch = empty(branch, {p.batch, p.length, p.dim}, branch.scalar_type()), grad_gate = grad_branch;
   cpu::GateResidualGradient g{
       p.x, rows_out(grad_branch), {gradient_out(branch, layout, gate.scalar_type(), grad_gate)}};

@@ -46,6 +46,14 @@ inline cpu::RowsView rows_view(const OptionalTensor& t, const char* name, const 
   return t ? rows_view(*t, name, x, broadcasts, kept) : cpu::RowsView{};
 }
 
+// Kernels read nothing wider than the arithmetic.
+inline void check_width(std::initializer_list<const cpu::RowsView*> views, bool wide) {
+  for (const cpu::RowsView* view : views) {
+    STD_TORCH_CHECK(wide || !view->data || view->dtype != DType::float64,
+                    "vqkernels: expected gradients in float64 where an argument is");
+  }
+}
+
 // [D] in the arithmetic type.
 inline const void* parameter(const OptionalTensor& t, const char* name, const Tensor& x, ScalarType type,
                              std::vector<Tensor>& kept) {

@@ -121,6 +121,8 @@ inline NormGradients norm_modulate_backward(const NormArguments& in, const Optio
   g.grad_residual = rows_view(grad_residual, "grad_residual", x, false, kept);
   g.grad_y[0] = rows_view(grad_y, "grad_y", x, false, kept);
   g.grad_y[1] = rows_view(grad_y2, "grad_y2", x, false, kept);
+  check_width({&p.x, &p.branch, &p.gate, &p.scale[0], &p.scale[1], &g.grad_residual, &g.grad_y[0], &g.grad_y[1]},
+              p.wide);
 
   NormGradients out{empty(x, {sizes.batch, sizes.length, sizes.dim}, x.scalar_type()),
                     in.branch ? empty(x, {sizes.batch, sizes.length, sizes.dim}, in.branch->scalar_type())
@@ -135,7 +137,8 @@ inline NormGradients norm_modulate_backward(const NormArguments& in, const Optio
   }
   for (const int i : {cpu::kWeight, cpu::kBias}) {
     const OptionalTensor& t = i == cpu::kWeight ? in.weight : in.bias;
-    out.sums[i] = empty(x, {t && affine ? sizes.dim : 0}, t ? t->scalar_type() : x.scalar_type());
+    const ScalarType type = t ? t->scalar_type() : x.scalar_type();
+    out.sums[i] = empty(x, {t && affine ? sizes.dim : 0}, p.wide || type != ScalarType::Double ? type : arithmetic);
     if (t && affine) {
       g.sums[i] = {out.sums[i].mutable_data_ptr(), dtype_of(out.sums[i], "gradient"), cpu::Layout::of_all};
     }
@@ -144,6 +147,11 @@ inline NormGradients norm_modulate_backward(const NormArguments& in, const Optio
               {&p.x, &p.branch, &p.gate, &p.scale[0], &p.scale[1], &g.grad_residual, &g.grad_y[0], &g.grad_y[1]},
               g.sums);
   cpu::norm_modulate_backward(p, g, torch_threads());
+  // Parameters may be wider than the arithmetic, sums are not.
+  for (const int i : {cpu::kWeight, cpu::kBias}) {
+    const OptionalTensor& t = i == cpu::kWeight ? in.weight : in.bias;
+    if (t) out.sums[i] = torch::stable::to(out.sums[i], t->scalar_type());
+  }
   return out;
 }
 

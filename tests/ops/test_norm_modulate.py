@@ -197,6 +197,24 @@ def test_mixed_dtypes(dtypes):
         )
 
 
+def test_parameters_wider_than_the_arithmetic():
+    """A float64 weight does not widen the arithmetic; its gradient is the float32 one."""
+    a = arguments((2, 40, 33), "shift scale")
+    a.weight, a.bias = torch.randn(33, dtype=torch.float64), torch.randn(33, dtype=torch.float64)
+    actual = values_and_gradients(fused, a)
+    truth = values_and_gradients(expression, a.to(torch.float64), grad_dtype=actual[0].dtype)
+    for result, exact in zip(actual, truth, strict=True):
+        assert (result.double() - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def test_results_can_be_modified():
+    """They are no views of what an autograd function made."""
+    x = torch.randn(2, 3, 4, 8, requires_grad=True)
+    for y in (vqkernels.norm_modulate(x), vqkernels.gate_residual(x, x)):
+        y.mul_(2).sum().backward()
+        assert x.grad.isfinite().all()
+
+
 def test_autocast():
     """Under autocast the dtypes are those of torch's expression."""
     a = arguments((2, 6, 20), "shift scale", dtype=torch.bfloat16)

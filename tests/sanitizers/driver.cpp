@@ -1,19 +1,10 @@
-// Runs every CPU kernel of every instruction set on many tiny problems under the sanitizers: inputs end where their
-// allocation ends, outputs are poisoned and end in sentinels, and each level must give what the scalar level gives.
-// Its argument is the number of problems. Prints how many ran to their end; exits with 1 and a line about the first
-// difference.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <thread>
-#include <vector>
+// Runs every CPU kernel of every instruction set on many tiny problems under the sanitizers: each level must give what
+// the scalar level gives. Its argument is the number of problems. Prints how many ran to their end; exits with 1 and a
+// line about the first difference. Here are the kernels of vector quantization.
+#include "driver.h"
 
-#include "capability.h"
+#include <stdexcept>
+
 #include "code_statistics.h"
 #include "ema_update.h"
 #include "nearest_code.h"
@@ -21,112 +12,9 @@
 #include "topk_codes.h"
 #include "vector_quantize.h"
 
-using namespace vqkernels;
-using namespace vqkernels::cpu;
+using namespace sanitizers;
 
 namespace {
-
-std::mt19937_64 generator(1);
-
-int problems_done = 0;
-
-int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[generator() % values.size()]; }
-
-double uniform() { return std::uniform_real_distribution<double>(-2, 2)(generator); }
-
-// Exactly `size` elements on the heap, so that one more is an error.
-template <class T>
-std::vector<T> random_values(int64_t size) {
-  std::vector<T> x(size);
-  for (T& value : x) {
-    value = static_cast<T>(generator() % 4 == 0 ? static_cast<int>(uniform()) : uniform());
-    if (generator() % 200 == 0) value = static_cast<T>(NAN);
-    if (generator() % 300 == 0) value = static_cast<T>(1e38);
-  }
-  return x;
-}
-
-int64_t bytes_of(DType type) { return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2; }
-
-template <class T>
-std::vector<char> as_bytes(const std::vector<T>& x) {
-  const char* first = reinterpret_cast<const char*>(x.data());
-  return std::vector<char>(first, first + x.size() * sizeof(T));
-}
-
-std::vector<char> random_tensor(DType type, int64_t size) {
-  if (type == DType::float64) return as_bytes(random_values<double>(size));
-  if (type == DType::float32) return as_bytes(random_values<float>(size));
-  std::vector<uint16_t> x(size);  // any 16 bits are a number; mostly of moderate size
-  for (uint16_t& bits : x) {
-    bits = static_cast<uint16_t>(generator());
-    if (generator() % 50 != 0) bits = (bits & 0x83ff) | 0x3c00;
-  }
-  return as_bytes(x);
-}
-
-// An output of `size` bytes between poison, and after it a sentinel.
-struct Output {
-  static constexpr int kSentinel = 64;
-  std::vector<unsigned char> memory;
-  explicit Output(int64_t size) : memory(size + kSentinel, 0xa5) { std::memset(memory.data(), 0xff, size); }
-  void* get() { return memory.data(); }
-  bool intact() const {
-    for (size_t i = memory.size() - kSentinel; i < memory.size(); ++i) {
-      if (memory[i] != 0xa5) return false;
-    }
-    return true;
-  }
-};
-
-using Outputs = std::vector<Output>;
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n", what.c_str());
-  std::exit(1);
-}
-
-Parallel threads(int64_t count) {
-  Parallel parallel;
-  parallel.threads = count;
-  parallel.run = [count](int64_t size, const Body& body) {
-    std::vector<std::thread> team;
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t begin = size * t / count, end = size * (t + 1) / count;
-      if (begin < end) team.emplace_back([&body, begin, end] { body(begin, end); });
-    }
-    for (std::thread& member : team) member.join();
-  };
-  return parallel;
-}
-
-// Runs `run` into fresh outputs at every level and with 1 and 3 threads; all must equal the first, which is scalar.
-Outputs compare(const std::string& name, const std::vector<int64_t>& sizes,
-                const std::function<void(Outputs&, const Parallel&)>& run) {
-  Outputs first;
-  for (const Capability level : supported_capabilities()) {
-    setenv("VQKERNELS_CPU_CAPABILITY", cpu::name(level), 1);
-    for (const int64_t count : {1, 3}) {
-      Outputs outputs;
-      for (const int64_t size : sizes) outputs.emplace_back(size);
-      run(outputs, threads(count));
-      for (const Output& output : outputs) {
-        if (!output.intact()) fail(name + ": wrote past the end at level " + cpu::name(level));
-      }
-      if (first.empty()) {
-        first = std::move(outputs);
-        continue;
-      }
-      for (size_t i = 0; i < outputs.size(); ++i) {
-        if (outputs[i].memory != first[i].memory) {
-          fail(name + ": output " + std::to_string(i) + " differs at level " + cpu::name(level) + ", threads " +
-               std::to_string(count));
-        }
-      }
-    }
-  }
-  return first;
-}
 
 void check_problem(DType z_type, DType codebook_type) {
   const Metric metric = static_cast<Metric>(generator() % 3);
@@ -281,7 +169,7 @@ void check_ema() {
 int main(int argc, char** argv) {
   if (argc != 2) fail("expected the number of problems");
   const size_t problems = std::stoul(argv[1]);
-  std::vector<std::function<void()>> kinds;
+  Kinds kinds;
   for (const DType z : {DType::float32, DType::bfloat16, DType::float16}) {
     for (const DType codebook : {DType::float32, DType::bfloat16, DType::float16}) {
       kinds.push_back([z, codebook] { check_problem(z, codebook); });
@@ -291,6 +179,7 @@ int main(int argc, char** argv) {
   kinds.push_back([] { check_problem(DType::float64, DType::float64); });
   kinds.push_back([] { check_residual(DType::float64, DType::float64); });
   kinds.push_back(check_ema);
+  for (const Kinds& more : {norm_chain_kinds(), denoising_kinds()}) kinds.insert(kinds.end(), more.begin(), more.end());
   for (size_t i = 0; i < problems; ++i) kinds[i % kinds.size()]();
   std::printf("levels:");
   for (const Capability level : supported_capabilities()) std::printf(" %s", cpu::name(level));

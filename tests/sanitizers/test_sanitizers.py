@@ -15,7 +15,7 @@ from vqkernels import _C
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("CXX_FLAGS", "CAPABILITY_FLAGS")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-PROBLEMS = 440  # of all kinds of the driver in turn
+PROBLEMS = 820  # of all kinds of the drivers in turn
 
 
 def build_flags():
@@ -48,7 +48,7 @@ def driver(tmp_path_factory):
         assert compilation.returncode == 0, compilation.stderr
         return str(target)
 
-    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), Path(__file__).with_name("driver.cpp")]
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), *sorted(Path(__file__).parent.glob("driver*.cpp"))]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(filter(None, pool.map(build, sources)))
     binary = folder / "driver"

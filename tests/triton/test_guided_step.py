@@ -79,6 +79,7 @@ def test_direct_calls_check_shapes(device):
         (x, x, x, None, None, 12, 13),
         (x, x, None, None, x, 12, 12),
         (x, x.double(), None, None, None, 12, 12),
+        (x, x, x, None, None, 0, 0),
     ):
         with pytest.raises(RuntimeError, match="vqkernels: expected"):
             guided_step(*arguments, *coefficients())

@@ -97,7 +97,14 @@ def test_empty(device):
 
 
 @pytest.mark.parametrize(
-    "change", [{0: torch.zeros(2, 5, 3)}, {1: torch.zeros(24)}, {3: torch.zeros(1, 4, 12)}, {3: None}]
+    "change",
+    [
+        {0: torch.zeros(2, 5, 3)},
+        {1: torch.zeros(24)},
+        {3: torch.zeros(1, 4, 12)},
+        {3: None},
+        {5: torch.ones(2, 5, 3, 1), 6: "layer"},
+    ],
 )
 def test_direct_calls_are_checked(change):
     tables = [t[None] for t in vqkernels.rope_tables((5,), 24)]

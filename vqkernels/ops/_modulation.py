@@ -82,7 +82,8 @@ def rows(x: Tensor) -> Tensor:
 
 def of_rows(result: Tensor, x: Tensor) -> Tensor:
     """A result [B, L, D] in the shape of x [B, ..., D]."""
-    return result if x.ndim == 3 else result.reshape(x.shape)
+    # No view, which autograd would not let anybody modify.
+    return result if x.ndim == 3 else torch.ops.aten._unsafe_view(result, x.shape)
 
 
 def kernel_modulation(value: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -19,6 +19,7 @@ from vqkernels.ops._modulation import (
     gradient_layout,
     gradient_of,
     kernel_modulation,
+    of_rows,
     promoted,
     rows,
 )
@@ -49,7 +50,7 @@ class _GateResidual(torch.autograd.Function):
         ctx.save_for_backward(branch, gate)
         ctx.options = (x.dtype, backend)
         kernel = _backend.implementation("gate_residual", backend)
-        return kernel(rows(x), rows(branch), kernel_modulation(gate, x)).reshape(x.shape)
+        return of_rows(kernel(rows(x), rows(branch), kernel_modulation(gate, x)), x)
 
     @staticmethod
     @once_differentiable

@@ -101,7 +101,10 @@ def guided_step(
     for name, value, like in others:
         if value is not None:
             check_like(name, value, (like.dtype,), sample.shape, "sample", sample)
-    torch._check(0 <= guided <= period, lambda: "vqkernels: expected 0 <= guided <= period")
+    torch._check(
+        0 <= guided <= period and (period > 0 or sample.shape[1] == 0),
+        lambda: "vqkernels: expected 0 <= guided <= period",
+    )
     torch._check(variance is None or noise is not None, lambda: "vqkernels: expected noise with variance")
     rows, size = sample.shape
     following = sample.new_empty(sample.shape)

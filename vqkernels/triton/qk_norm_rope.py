@@ -432,6 +432,7 @@ def _inputs(
             cos, sin = cos.contiguous(), sin.contiguous()
         table_strides = 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1)
     if factor is not None:
+        torch._check(norm in ("rms", "l2"), lambda: f"vqkernels: expected no factor with norm {norm}")
         check_like("factor", factor, (wide,), (batch, length, 1 if across_heads else heads, 1), "x", x)
         factor = factor.contiguous()
     block, rest = triton.next_power_of_2(max(pairs, 1)), dim - 2 * pairs
