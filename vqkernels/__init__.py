@@ -1,4 +1,4 @@
-"""Fused, exact and deterministic kernels for vector quantization in PyTorch.
+"""Fused, exact and deterministic kernels for vector quantization and denoising attention in PyTorch.
 
 The functional API is here, layers are in `vqkernels.nn`, models in `vqkernels.models`, and `vqkernels.reference`
 holds the same operations and layers in plain PyTorch.

@@ -11,7 +11,7 @@ from vqkernels.cli._arguments import DEVICE, THREADS, integer
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` of what it returns is the command's function."""
     parser = argparse.ArgumentParser(
-        prog="python -m vqkernels", description="Fused, exact and deterministic kernels for vector quantization."
+        prog="python -m vqkernels", description="Fused, deterministic kernels for vector quantization and denoising."
     )
     commands = parser.add_subparsers(title="commands", required=True)
 
