@@ -12,7 +12,7 @@ import torch
 from benchmarks import limits
 from benchmarks.cases import parse_case
 from benchmarks.peers import Unavailable
-from benchmarks.timing import extra_bytes, seconds_of
+from benchmarks.timing import extra_bytes, seconds_of, settle_allocator
 from benchmarks.truth import Check
 
 OURS = "vqkernels"
@@ -62,6 +62,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of one table. `advance` is called after the first calls and after every round."""
     device = settings.device
+    settle_allocator()
     inputs = operation.inputs(case, device)
     check = operation.check(*inputs)
     results, runners = [], []
