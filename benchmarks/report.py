@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vqkernels
-from benchmarks.measure import OURS, Settings
+from benchmarks.measure import OURS, TURN, Settings
 from vqkernels import _C
 
 COLUMNS = (
@@ -126,7 +126,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"vqkernels {origin['vqkernels']} ({origin['commit'] or 'no commit'}), torch {origin['packages']['torch']}, "
         f"{machine(report)}, {origin['date']}.",
         "",
-        f'Times are of at most {origin["rounds"]} interleaved rounds; "x ours" is the ratio of the minima. "G/s" is '
+        f'Times are of at most {origin["rounds"]} interleaved rounds, each of the samples that fit in '
+        f'{1000 * TURN:.0f} ms, after a call that is not timed; "x ours" is the ratio of the minima. "G/s" is '
         + ", or ".join(UNITS.values())
         + ', both measured between the rounds. "differs" is the share of rows whose code is not the canonical one, '
         '"not nearest" the share whose code is farther away in float64 than the nearest one, "error" the largest '
