@@ -1,9 +1,12 @@
 """The command line: what info prints, what a demo run writes, what bad arguments say."""
 
+import ast
+import inspect
 import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import vqkernels
 from vqkernels import cli
 from vqkernels.cli import _figure, _measure, _twins, demo, info
 
+ROOT = Path(__file__).parents[2]
 IMAGES, CODES, STEPS = 120, 32, 40
 TINY = f"--device cpu --steps {STEPS} --batch-size 48 --images {IMAGES} --codes {CODES} --threads 1".split()
 
@@ -43,7 +47,14 @@ def test_info_says_what_runs_where(capsys):
     header = table[0].split()
     rows = {line.split()[0]: re.split(r"  +", line) for line in table[1 : table.index("")]}
     assert set(rows) >= {"nearest_code", "code_statistics", "ema_update_", "vector_quantize"}
-    reasons = dict(re.match(r"(\[\d+\]) (.+)", line).groups() for line in table[table.index("") + 1 :])
+    blank, plain, *rest = table[table.index("") :]
+    assert blank == ""
+    assert plain == "plain PyTorch, on every device: rope_tables, timestep_embedding"
+    for operation in plain.split(": ")[1].split(", "):
+        assert "backend" not in inspect.signature(getattr(vqkernels, operation)).parameters
+    public = {name for name in vqkernels.ops.__all__ if inspect.isfunction(getattr(vqkernels.ops, name))}
+    assert public - {"build_info"} == set(rows) | {"rope_tables", "timestep_embedding"}
+    reasons = dict(re.match(r"(\[\d+\]) (.+)", line).groups() for line in rest[1:])
     for row in rows.values():
         cells = dict(zip(header, row, strict=True))
         assert cells["native/cpu"] == cells["reference/cpu"] == "yes"
@@ -205,6 +216,32 @@ def test_a_missing_package_names_the_extra(package, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=rf'the demo needs {package} .*pip install "vqkernels\[demo\]"'):
         cli.main(["demo", *TINY, "--out", str(tmp_path / "demo")])
     assert not list(tmp_path.iterdir())
+
+
+def required():
+    """Packages and extra of every call of `require` in the source of the commands, by command."""
+    for path in sorted((ROOT / "vqkernels" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "require":
+                options = {option.arg: ast.literal_eval(option.value) for option in node.keywords}
+                packages = [ast.literal_eval(package) for package in node.args]
+                yield path.stem, packages, options.get("extra") or options.get("command", "demo")
+
+
+def test_extras_that_messages_name_bring_the_packages():
+    """What `pip install` is told to install is in pyproject.toml, with the package that was missing."""
+    text = (ROOT / "pyproject.toml").read_text()
+    section = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", text, re.DOTALL | re.MULTILINE)[1]
+    extras = {
+        name: {re.match(r"[\w-]+", package)[0] for package in re.findall(r'"(.+?)"', packages)}
+        for name, packages in re.findall(r"^(\w+) = \[(.*?)\]$", section, re.DOTALL | re.MULTILINE)
+    }
+    found = list(required())
+    assert {command for command, _, _ in found} == {"demo", "encode", "sample", "train_dit"}
+    distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    for command, packages, extra in found:
+        assert extra in extras, command
+        assert {distributions.get(package, package) for package in packages} <= extras[extra], command
 
 
 def test_interruption_is_not_a_traceback(monkeypatch, tmp_path, capsys):

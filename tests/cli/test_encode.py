@@ -338,7 +338,7 @@ def test_what_cannot_work_is_said(images, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(("module", "package"), [("numpy", "numpy"), ("rich", "rich"), ("PIL", "pillow")])
 def test_a_missing_package_names_the_extra(module, package, images, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=rf'the encode needs {package} .*pip install "vqkernels\[encode\]"'):
+    with pytest.raises(SystemExit, match=rf'the encode needs {package} .*pip install "vqkernels\[demo\]"'):
         run("--data", images[0], "--out", tmp_path / "out", "--model", checkpoint)
 
 

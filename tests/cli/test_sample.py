@@ -1,6 +1,7 @@
 """The sample command: what it writes, images to begin with and parts to keep, and what bad files say."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from vqkernels.training.config import DiTConfig
 from vqkernels.training.data import Labelled
 from vqkernels.training.dit import DiTTraining
 from vqkernels.training.loop import fit
+from vqkernels.training.sampling import DiTSampler
 from vqkernels.training.spaces import Latents, Pixels
 
 
@@ -139,6 +141,41 @@ def test_arrays_and_other_sizes_as_images(draw, digit, tmp_path, right_half):
     assert np.array_equal(draw("--init", tmp_path / "large.png", *options), expected)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_black(draw, digit, tmp_path, right_half, mode):
+    """A digit drawn in white on a transparent ground, whose hidden colour is white too, is that digit on black."""
+    values = np.asarray(Image.open(digit[1]))
+    if mode == "P":
+        clear = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert("P")
+        clear.putpalette([level for level in range(256) for _ in "RGB"])
+        clear.save(tmp_path / "clear.png", transparency=bytes([*[255] * 255, 0]))  # of the last colour, white
+        values = np.zeros_like(values)
+    else:
+        white = [np.full((8, 8), 255, np.uint8)] * (len(mode) - 1)
+        Image.fromarray(np.stack([*white, values], -1), mode).save(tmp_path / "clear.png")
+    Image.fromarray(values).save(tmp_path / "black.png")
+    options = ["--mask", right_half, "--class", 3]
+    expected = draw("--init", tmp_path / "black.png", *options)
+    assert np.array_equal(draw("--init", tmp_path / "clear.png", *options), expected)
+    assert not np.array_equal(expected[0, :, :4], np.ones((8, 4)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([3, 10]), ValueError, "labels: expected classes from 0 to 9, got 10"),
+        (torch.tensor([-1]), ValueError, "labels: expected classes from 0 to 9, got -1"),
+        (torch.tensor(3), ValueError, r"labels: expected shape \[N\], got \[\]"),
+        (torch.tensor([3.0]), TypeError, "labels: expected a tensor of int64, got "),
+        ([3], TypeError, "labels: expected a tensor of int64, got "),
+    ],
+)
+def test_bad_labels(models, labels, error, message):
+    sampler = DiTSampler.load(models / "flow.ckpt")
+    with pytest.raises(error, match=message):
+        sampler.draw(labels, steps=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,9 +243,26 @@ def test_bad_files(draw, models, digit, right_half, tmp_path):
     content = torch.load(models / "flow.ckpt", weights_only=True)
     content["vqkernels.training"]["config"]["hidden_size"] = 32
     torch.save(content, tmp_path / "other_size.ckpt")
+    content["vqkernels.training"].pop("config")
+    torch.save(content, tmp_path / "no_config.ckpt")
     (tmp_path / "half.ckpt").write_bytes(flow[: len(flow) // 2])
-    for name in ("model.pt", "other_size.ckpt", "half.ckpt"):
-        with pytest.raises(SystemExit, match=rf"--model .*{name}: expected a checkpoint of a training run of 'dit'"):
+    foreign = {
+        "text.ckpt": b"text",
+        "code.ckpt": Path(__file__).read_bytes(),
+        "empty.ckpt": b"",
+        "array.ckpt": b"\x93NUMPY",
+    }
+    for name, octets in foreign.items():
+        (tmp_path / name).write_bytes(octets)
+    unreadable = r"got a file that torch\.load\(weights_only=True\) cannot read"
+    for name, got in {
+        "model.pt": "got something else: it has no such record",
+        "other_size.ckpt": r"got something else: Error\(s\) in loading state_dict for DiT: size mismatch for .+",
+        "no_config.ckpt": "got something else: it has no 'config'",
+        **dict.fromkeys(["half.ckpt", *foreign], unreadable),
+    }.items():
+        message = rf"^--model .*{name}: expected a checkpoint of a training run of 'dit', {got}$"
+        with pytest.raises(SystemExit, match=message):
             draw("--model", tmp_path / name)
     with pytest.raises(SystemExit, match=r"--model '.*nowhere\.ckpt': No such file"):
         draw("--model", tmp_path / "nowhere.ckpt")

@@ -183,7 +183,9 @@ def test_files_that_are_no_checkpoints(tmp_path, run):
         ):
             train(run, "--resume")
     (run / "checkpoint.ckpt").unlink()
-    with pytest.raises(SystemExit, match=r"--resume: .*checkpoint\.ckpt.*No such file"):
+    with pytest.raises(
+        SystemExit, match=r"--resume: .*checkpoint\.ckpt.*No such file.* start it again without --resume"
+    ):
         train(run, "--resume")
 
 
@@ -200,7 +202,7 @@ def test_files_that_are_no_checkpoints(tmp_path, run):
             "sampling: steps: expected from 1 to 1000, got 1001",
         ),
         (("--class-dropout", 0), "guidance: expected 1 for a model that was trained without class dropout"),
-        (("--learning-rate", 1e30, "--steps", 5), "the loss of step .* is nan"),
+        (("--learning-rate", 1e30, "--steps", 5), "the loss of step .* is nan; nothing was saved"),
         (("--latents", "nowhere.pt"), "--latents 'nowhere.pt': No such file"),
         (("--latents", __file__), "--latents: .* expected a checkpoint of"),
     ],
@@ -208,7 +210,26 @@ def test_files_that_are_no_checkpoints(tmp_path, run):
 def test_what_cannot_be_trained(tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         train(tmp_path / "run", *arguments)
-    assert not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_leaves_nothing(tmp_path, number, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("vqkernels.training.data.digits", lambda: os.kill(os.getpid(), number) or time.sleep(60))
+    for folder in (tmp_path / "new" / "run", tmp_path):
+        if number == signal.SIGINT:
+            assert train(folder) == 128 + number
+            assert "interrupted" in capsys.readouterr().err
+        else:
+            with pytest.raises(SystemExit) as raised:
+                train(folder)
+            assert raised.value.code == 128 + number
+        assert list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGTERM) is handler
+    with pytest.raises(SystemExit, match=r"--resume: .* No such file.* start it again without --resume"):
+        train(tmp_path / "new" / "run", "--resume")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not, bit for bit; and the loop is that of plain PyTorch."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -153,8 +154,31 @@ def test_what_is_not_finite_is_not_saved(tmp_path, tiny, few_digits):
     train(path, tiny(), few_digits, 2)
     before = path.read_bytes()
     broken = few_digits._replace(images=few_digits.images * torch.nan)
-    with pytest.raises(FloatingPointError, match="the loss of step 4 is nan"):
+    kept = re.escape(f"{path} is still that of step 2")
+    with pytest.raises(FloatingPointError, match=f"^the loss of step 4 is nan; {kept}$"):
         train(path, tiny(), broken, 4, resume=True)
+    assert path.read_bytes() == before
+
+
+class Broken(DiTTraining):
+    """A weight is infinite after the last step, whose loss was finite."""
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.global_step == 3:  # counted afterwards
+            self.model.x_embedder.proj.bias.data[0] = torch.inf
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny, few_digits):
+    path = tmp_path / "run.ckpt"
+    broken = "the weights after step 4 are not finite, of model.x_embedder.proj.bias at least"
+    with pytest.raises(FloatingPointError, match=f"^{broken}; nothing was saved$"):
+        train(path, tiny(), few_digits, 4, kind=Broken)
+    assert not path.exists()
+    train(path, tiny(), few_digits, 2)
+    before = path.read_bytes()
+    with pytest.raises(FloatingPointError, match=f"^{broken}; {re.escape(str(path))} is still that of step 2$"):
+        train(path, tiny(), few_digits, 4, kind=Broken, resume=True)
     assert path.read_bytes() == before
 
 

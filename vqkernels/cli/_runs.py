@@ -2,12 +2,17 @@
 
 import argparse
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from vqkernels.cli import _arguments
+from vqkernels.cli.demo import writable_folder
 from vqkernels.training.checkpoint import NAME, read_checkpoint
 from vqkernels.training.config import TrainingConfig
 
@@ -33,6 +38,29 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
 
 
+@contextmanager
+def folder_of_run(name: str) -> Iterator[Path]:
+    """The folder of that name, made where it is missing; it goes again if nothing has been written to it.
+
+    SIGTERM ends the command in between, as SIGINT does, until training has a handler that saves first.
+    """
+    missing = [path for path in (Path(name), *Path(name).parents) if not path.exists()]
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if is_main else None
+    try:
+        yield writable_folder(name)
+    finally:
+        with suppress(OSError):  # the first one that is not empty, or has not been made, ends it
+            for path in missing:
+                path.rmdir()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
 def begin(
     arguments: argparse.Namespace, folder: Path, model: str, kind: type[Config]
 ) -> tuple[dict[str, Any] | None, Config]:
@@ -51,6 +79,11 @@ def begin(
     else:
         try:
             content, saved = read_checkpoint(path, model, kind)
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"--resume: {str(path)!r}: {error.strerror}; a run that ended before its first checkpoint has none, "
+                "start it again without --resume"
+            ) from None
         except OSError as error:
             raise SystemExit(f"--resume: {str(path)!r}: {error.strerror or error}") from None
         except ValueError as error:

@@ -16,13 +16,16 @@ from vqkernels.ops._backend import BACKENDS, why_unavailable, without_cuda_kerne
 DEVICE_TYPES = ("cpu", "cuda")
 
 
-def operations() -> list[str]:
-    """The public operations that take a backend."""
+def operations(*, with_backends: bool = True) -> list[str]:
+    """The public operations that take a backend, or those without one: plain PyTorch."""
+    # An operation lives in a file of its name, other public functions do not.
     functions = {name: getattr(ops, name) for name in ops.__all__}
     return [
         name
         for name, function in functions.items()
-        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
+        if inspect.isfunction(function)
+        and function.__module__ == f"vqkernels.ops.{name.removesuffix('_')}"
+        and ("backend" in inspect.signature(function).parameters) == with_backends
     ]
 
 
@@ -84,6 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print()
     print(aligned(rows))
+    print()
+    print(f"plain PyTorch, on every device: {', '.join(operations(with_backends=False))}")
     if reasons:
         print()
         print("\n".join(f"[{number}] {why}" for why, number in reasons.items()))

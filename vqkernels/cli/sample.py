@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         description="Draws digits with a checkpoint of `train dit`. --init and --strength begin with an image, noised "
         "as far as the strength says; --init and --mask draw the part of it where the mask is white, around pixels "
         "that stay as they are. Images are white ink on black, are scaled to 8x8 pixels, and come as files that "
-        "Pillow reads, or as .npy [8, 8] with values from 0 to 1.",
+        "Pillow reads, whose transparent parts are put on black, or as .npy [8, 8] with values from 0 to 1.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("--model", default=f"dit/{NAME}", metavar="FILE", help=f"the checkpoint (default: dit/{NAME})")
@@ -150,6 +150,9 @@ def _read_image(name: str, option: str) -> Tensor:
             with Image.open(name) as image:
                 if image.mode[0] in "IF":  # Pillow cuts them off at 255
                     raise ValueError(f"expected a picture of at most 8 bits a channel, got mode {image.mode}")
+                if "transparency" in image.info or image.mode[-1] in "Aa":
+                    ink = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), ink)
                 values = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
     except (EOFError, OSError, ValueError, SyntaxError) as error:
         raise SystemExit(f"{option} {name!r}: {getattr(error, 'strerror', None) or error}") from None

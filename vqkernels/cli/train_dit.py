@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vqkernels.cli import _arguments, _runs
-from vqkernels.cli.demo import choose_device, provenance, require, writable_folder
+from vqkernels.cli.demo import choose_device, provenance, require
 from vqkernels.models import load_checkpoint
 from vqkernels.models.checkpoint import UNREADABLE
 from vqkernels.training.checkpoint import FORMAT, NAME, refusal
@@ -53,12 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
         SystemExit: a package or a file is missing, or the run cannot go on; the message says so.
     """
     require("lightning", "matplotlib", "rich", "sklearn", command="train command", extra="train")
+    device = choose_device(arguments.device)
+    with _runs.folder_of_run(arguments.out) as folder:
+        return _run(arguments, device, folder)
+
+
+def _run(arguments: argparse.Namespace, device: torch.device, folder: Path) -> int:
     from vqkernels.training.data import digits
     from vqkernels.training.dit import DiTTraining
     from vqkernels.training.loop import fit
     from vqkernels.training.sampling import DiTSampler
 
-    device, folder = choose_device(arguments.device), writable_folder(arguments.out)
     if arguments.resume and arguments.latents:
         raise argparse.ArgumentError(None, "argument --latents: the checkpoint to resume has its own")
     content, config = _runs.begin(arguments, folder, "dit", DiTConfig)

@@ -53,14 +53,36 @@ def load_checkpoint(
         OSError: there is no such file, or it cannot be read.
         ValueError: it holds something else.
     """
-    file = io.BytesIO(Path(path).read_bytes())
+    expected = f"a checkpoint of {FORMAT}"
+    content = read_content(path, expected, device)
     try:
-        content: Any = torch.load(file, map_location=device, weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError("no such record")
+            raise ValueError("it has no such record")
         model = VQVAE(**content["config"], quantizer=quantizer)
         model.load_state_dict(content["state_dict"])
     except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path}: expected a checkpoint of {FORMAT}, got something else ({reason[0]})") from error
+        raise ValueError(f"{path}: expected {expected}, got something else: {in_words(error)}") from error
     return model.to(device).eval()
+
+
+def read_content(path: str | os.PathLike[str], expected: str, device: torch.device | str = "cpu") -> Any:
+    """What `torch.save` has put into a file, read without running code of the file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is another file than `expected` says.
+    """
+    file = io.BytesIO(Path(path).read_bytes())
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint lead torch's unpickler to almost any of them
+        got = "a file that torch.load(weights_only=True) cannot read"
+        raise ValueError(f"{path}: expected {expected}, got {got}") from error
+
+
+def in_words(error: Exception) -> str:
+    """What an exception of UNREADABLE says of the content of a file."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

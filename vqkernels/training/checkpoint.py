@@ -1,13 +1,10 @@
 """Checkpoints of training runs: Lightning's, with the configuration and what sampling needs beside it."""
 
 import dataclasses
-import io
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
+from vqkernels.models.checkpoint import UNREADABLE, in_words, read_content
 from vqkernels.training.config import TrainingConfig
 
 FORMAT = "vqkernels.training"
@@ -33,21 +30,23 @@ def read_checkpoint(path: str | os.PathLike[str], model: str, config: type[Confi
         OSError: there is no such file, or it cannot be read.
         ValueError: it holds something else.
     """
-    file = io.BytesIO(Path(path).read_bytes())
+    content = read_content(path, _expected(model))
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not isinstance(content.get(FORMAT), dict):
-            raise ValueError("no such record")
+            raise ValueError("it has no such record")
         if content[FORMAT]["model"] != model:
             raise ValueError(f"it is one of {content[FORMAT]['model']!r}")
         if not isinstance(content["global_step"], int) or not isinstance(content["state_dict"], dict):
             raise ValueError("it is incomplete")
         return content, config(**content[FORMAT]["config"])
-    except Exception as error:  # bytes that are no checkpoint lead torch's unpickler to almost any of them
+    except UNREADABLE as error:
         raise ValueError(refusal(path, model, error)) from error
 
 
 def refusal(path: str | os.PathLike[str], model: str, error: Exception) -> str:
     """What to say of a file that is no checkpoint of the model."""
-    reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    return f"{path}: expected a checkpoint of a training run of {model!r}, got something else ({reason[0]})"
+    return f"{path}: expected {_expected(model)}, got something else: {in_words(error)}"
+
+
+def _expected(model: str) -> str:
+    return f"a checkpoint of a training run of {model!r}"

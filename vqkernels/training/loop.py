@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from vqkernels.training.config import TrainingConfig
 
@@ -64,7 +65,7 @@ def fit(
         The number of the signal that has stopped it, else None.
 
     Raises:
-        FloatingPointError: the loss is not finite when a checkpoint is due, which then is not written.
+        FloatingPointError: loss or weights are not finite when a checkpoint is due, which then is not written.
     """
     saver = _Saver(checkpoint, save_every)
     with _quiet(), _restored_handlers(), _restored_determinism():
@@ -106,8 +107,10 @@ class _Saver(Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self.stopped_by: int | None = None
+        self.saved: int | None = None  # step of the checkpoint in the file
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.saved = trainer.global_step if trainer.ckpt_path else None
         # Here, after Lightning has installed its own handler, which would end training without a checkpoint.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
@@ -120,11 +123,23 @@ class _Saver(Callback):
         if self.stopped_by:
             trainer.should_stop = True
         if self.stopped_by or step % self.every == 0 or step == trainer.max_steps:
-            if not outputs["loss"].isfinite():
-                raise FloatingPointError(f"the loss of step {step} is {outputs['loss'].item()}")
+            self._refuse_broken(step, outputs["loss"], module)
             unfinished = self.path.with_name(f".{self.path.name}.tmp")
             trainer.save_checkpoint(unfinished)
             os.replace(unfinished, self.path)
+            self.saved = step
+
+    def _refuse_broken(self, step: int, loss: Tensor, module: LightningModule) -> None:
+        weights = {name: t for name, t in module.state_dict().items() if t.is_floating_point()}
+        broken = None
+        if not loss.isfinite():
+            broken = f"the loss of step {step} is {loss.item()}"
+        elif not torch.stack([t.isfinite().all() for t in weights.values()]).all():
+            name = next(name for name, t in weights.items() if not t.isfinite().all())
+            broken = f"the weights after step {step} are not finite, of {name} at least"
+        if broken:
+            kept = "nothing was saved" if self.saved is None else f"{self.path} is still that of step {self.saved}"
+            raise FloatingPointError(f"{broken}; {kept}")
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped_by = number

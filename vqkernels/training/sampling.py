@@ -10,6 +10,7 @@ from torch import Tensor
 from vqkernels.fuse import fuse
 from vqkernels.models import Diffusion, DiT, sample
 from vqkernels.models.checkpoint import UNREADABLE
+from vqkernels.reference._checks import check_tensor
 from vqkernels.training.checkpoint import FORMAT, read_checkpoint, refusal
 from vqkernels.training.config import DiTConfig
 from vqkernels.training.data import CLASSES
@@ -122,7 +123,7 @@ class DiTSampler:
         """Images of the classes, float32 [N, 1, 8, 8] with values from 0 to 1.
 
         Args:
-            labels: int64 [N].
+            labels: int64 [N], from 0 to 9.
             method: "ddpm", "ddim", "euler" or "heun"; see `vqkernels.models.sample`. None: the `default_method`.
             steps: of the method.
             guidance: scale of classifier-free guidance; 1: none.
@@ -132,8 +133,15 @@ class DiTSampler:
             report: called after every step, as `sample` calls it.
 
         Raises:
+            TypeError: labels are no tensor of int64.
             ValueError: an argument does not fit.
         """
+        check_tensor("labels", labels, (torch.int64,))
+        if labels.ndim != 1:
+            raise ValueError(f"labels: expected shape [N], got {list(labels.shape)}")
+        outside = labels[(labels < 0) | (labels >= CLASSES)]
+        if len(outside):
+            raise ValueError(f"labels: expected classes from 0 to {CLASSES - 1}, got {outside[0].item()}")
         if guidance != 1 and self.config.class_dropout == 0:
             raise ValueError(f"guidance: expected 1 for a model that was trained without class dropout, got {guidance}")
         device = next(self.model.parameters()).device
