@@ -1,6 +1,7 @@
 """Processors, options and single blocks of the transformers of diffusers, fused."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import AttnProcessor, FusedJointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.models.transformers import transformer_flux
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor, FluxPosEmbed
 from torch import nn
 
 from vqkernels import fuse
-from vqkernels.fuse import _blocks
+from vqkernels.fuse import _blocks, _recipes
 
 
 def test_a_processor_that_is_set_afterwards():
@@ -248,6 +249,35 @@ def test_tensor_subclasses_are_left_to_the_original():
     assert not _blocks.takes(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert _blocks.takes(x, x.bfloat16())
+
+
+@pytest.mark.parametrize("axes", [(16, 56, 56), (4, 6, 6), (8,)])
+def test_flux_tables_hold_every_value_twice(axes):
+    """The fused attention reads the first of each pair."""
+    ids = torch.randint(0, 200, (37, len(axes))).to(torch.bfloat16)
+    angles = []
+    for size, positions in zip(axes, ids.double().unbind(1), strict=True):
+        angles.append(torch.outer(positions, 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)))
+    for table, wave in zip(FluxPosEmbed(10000, list(axes))(ids), (torch.cos, torch.sin), strict=True):
+        assert table.dtype == torch.float32
+        assert torch.equal(table[:, ::2], table[:, 1::2])
+        torch.testing.assert_close(table[:, ::2].double(), wave(torch.cat(angles, 1)), rtol=0, atol=2**-23)
+
+
+@pytest.mark.parametrize("name", ["FluxPosEmbed", "get_1d_rotary_pos_embed"])
+def test_flux_of_other_tables_is_left(name, monkeypatch):
+    """Where diffusers makes the tables otherwise than in the version known, the attention stays as it is."""
+    made = subject("Flux")
+    source, other = inspect.getsource, getattr(transformer_flux, name)
+    monkeypatch.setattr(inspect, "getsource", lambda member: source(member) + "changed = 0\n" * (member is other))
+    _recipes.source_hash.cache_clear()
+    try:
+        report = fuse(made.model, verbose=False)
+    finally:
+        monkeypatch.undo()
+        _recipes.source_hash.cache_clear()
+    reasons = {m.reason for m in report.left if m.kind == "FluxAttention"}
+    assert reasons == {"its source differs from diffusers 0.42, which this was written for"}
 
 
 def test_flux_processor_that_is_patched_is_left(monkeypatch):

@@ -1,7 +1,9 @@
 """The block of diffusion transformers: the reference beside its formulas, the fused one beside the reference."""
 
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -195,6 +197,53 @@ def test_autocast(numerics):
         return actual, expected, run(exact, *(t.double() for t in inputs))
 
     assert_rms_within_budget(draw() for _ in range(4))
+
+
+@pytest.mark.parametrize("fusing", [False, True])
+def test_both_attentions_are_the_operation(fusing, monkeypatch):
+    """As torch has no fast kernel for every size of a head on a GPU; "eager" is torch's own everywhere."""
+    calls = []
+    whole = vqkernels.attention
+    monkeypatch.setattr("vqkernels.ops.attention", lambda *t, **o: calls.append(o) or whole(*t, **o))
+    for numerics, expected in (("fp32", 2), ("eager", 0)):
+        plain, fused = twins(numerics, cross_attention_dim=20)
+        if fusing:
+            fused = copy.deepcopy(plain)
+            vqkernels.fuse(fused, numerics=numerics, verbose=False)
+        inputs, more = arguments({"cross_attention_dim": 20})
+        more["context_mask"][2] = False  # nothing to attend to
+        calls.clear()
+        actual = fused(*inputs, **more)
+        assert len(calls) == expected
+        assert [options["mask"].shape for options in calls if options] == [(3, 1, 1, 5)] * (expected // 2)
+        torch.testing.assert_close(actual, plain(*inputs, **more))
+
+
+@pytest.mark.parametrize("kind", ["DiTBlock", "FinalLayer"])
+@pytest.mark.parametrize("of", ["reference", "nn", "fuse"])
+def test_bad_conditions(kind, of):
+    layer = getattr(vqkernels.nn if of == "nn" else reference, kind)(48, 4, 4)
+    if of == "fuse":
+        vqkernels.fuse(layer, verbose=False)
+    x = torch.randn(2, 7, 48)
+    for shape in [(2, 47), (3, 48), (48,), (2, 6, 48), (2, 7, 1, 48)]:
+        expected = f"c: expected shape [2, 48] or [2, 7, 48] to match x of shape [2, 7, 48], got {list(shape)}"
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            layer(x, torch.randn(shape))
+    with pytest.raises(TypeError, match=r"c: expected a tensor of float32 or .* got None"):
+        layer(x, None)
+    with pytest.raises(ValueError, match=r"x: expected shape \[B, L, 48\], got \[2, 7, 40\]"):
+        layer(x[..., :40], torch.randn(2, 48))
+    for shape in [(1, 48), (2, 1, 48), (1, 7, 48)]:
+        assert layer(x, torch.randn(shape)).shape[:2] == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["DiTBlock", "FinalLayer"])
+def test_signatures_are_the_reference_s(name):
+    plain = inspect.signature(getattr(reference, name)).parameters
+    fused = dict(inspect.signature(getattr(vqkernels.nn, name)).parameters)
+    assert fused.pop("numerics").default == "fp32"
+    assert fused == plain
 
 
 @pytest.mark.parametrize("layer", [vqkernels.nn.DiTBlock, reference.DiTBlock])

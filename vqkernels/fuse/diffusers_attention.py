@@ -175,7 +175,7 @@ def _flux_attention(
     # By the size of a head: under tensor parallelism a process has fewer heads than the module says.
     q, k, v, *others = [t.unflatten(-1, (-1, self.head_dim)) for t in projected if isinstance(t, Tensor)]
     length = 0 if context is None else context.shape[1]
-    # FluxPosEmbed repeats the value of a pair.
+    # FluxPosEmbed, whose source the recipe knows, holds every value twice: repeat_interleave_real.
     tables = [None if t is None else t[:, ::2].to(x.device) for t in tables]
     image_tables = [None if t is None else t[length:] for t in tables]
     q, k = qk_norm_rope(q, k, *image_tables, **_norms(self.norm_q, self.norm_k), numerics=numerics)
@@ -231,9 +231,9 @@ RECIPES: tuple[Recipe, ...] = (
         library="diffusers",
         class_path="diffusers.models.transformers.transformer_flux.FluxAttention",
         methods={"forward": _flux_attention},
-        sources=frozenset({"943bb76f5edf367d"}),
+        sources=frozenset({"f7551b0ef400d33a"}),
         versions="0.42",
-        uses=("apply_rotary_emb",),
+        uses=("apply_rotary_emb", "FluxPosEmbed", "get_1d_rotary_pos_embed"),
         refuse=_refuse_flux,
     ),
 )

@@ -10,7 +10,7 @@ from vqkernels.fuse._blocks import stands_for
 from vqkernels.fuse._recipes import NUMERICS, Recipe
 from vqkernels.models.dit import DiT
 from vqkernels.nn import attn_block, dit_block, final_layer, spatial_transformer
-from vqkernels.reference.dit_block import EPS
+from vqkernels.reference.dit_block import EPS, check_condition
 
 Rope = tuple[Tensor, Tensor]
 
@@ -37,6 +37,10 @@ def _attention(self: Any, x: Tensor, rope: Rope | None = None, *, numerics: str)
     return dit_block.attention(self, x, rope, numerics=numerics)
 
 
+def _cross_attention(self: Any, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    return dit_block.cross_attention(self, x, context, mask, numerics="fp32")
+
+
 def _mlp(self: Any, x: Tensor) -> Tensor:
     if not _is_linear(self.fc1) or not _are(nn.GELU, self.act) or self.act.approximate != "tanh":
         return type(self).forward(self, x)
@@ -61,6 +65,7 @@ def _block(
 ) -> Tensor:
     if not _are_plain_norms(self.norm1, self.norm2):
         return type(self).forward(self, x, c, rope, context, context_mask)
+    check_condition(x, c, self.hidden_size)
     modulation = self.adaLN_modulation(c)
     stream = dit_block.advance(self, (x, None, None), modulation, rope, context, context_mask, numerics=numerics)
     return dit_block.added(stream, numerics)
@@ -69,6 +74,7 @@ def _block(
 def _final_layer(self: Any, x: Tensor, c: Tensor, *, numerics: str) -> Tensor:
     if not _are_plain_norms(self.norm_final):
         return type(self).forward(self, x, c)
+    check_condition(x, c, self.hidden_size)
     return final_layer.finish(self, (x, None, None), self.adaLN_modulation(c), numerics=numerics)
 
 
@@ -142,6 +148,7 @@ _ROUNDS_ONCE = ("fp32",)
 
 RECIPES = (
     _recipe("reference.dit_block.Attention", _attention),
+    _recipe("reference.dit_block.CrossAttention", _cross_attention, numerics=_ROUNDS_ONCE),
     _recipe("reference.dit_block.Mlp", _mlp, numerics=_ROUNDS_ONCE),
     _recipe("reference.dit_block.SwiGLU", _swiglu, numerics=_ROUNDS_ONCE),
     _recipe("reference.dit_block.DiTBlock", _block),

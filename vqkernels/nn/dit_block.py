@@ -8,7 +8,7 @@ from torch import Tensor
 from vqkernels import ops, reference
 from vqkernels.ops._checks import check_choice
 from vqkernels.reference import dit_block
-from vqkernels.reference.dit_block import EPS, heads_first, merge_heads, split_heads
+from vqkernels.reference.dit_block import EPS, check_condition, heads_first, merge_heads, split_heads
 
 NUMERICS = ("fp32", "eager")
 
@@ -25,6 +25,14 @@ def attention(self: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, *
     q, k, v = heads_first(q, k, v)
     attend = F.scaled_dot_product_attention if numerics == "eager" else ops.attention
     return self.proj(merge_heads(attend(q, k, v)))
+
+
+def cross_attention(self: Any, x: Tensor, context: Tensor, mask: Tensor | None = None, *, numerics: str) -> Tensor:
+    """`reference.dit_block.CrossAttention` on `attention`."""
+    q, k, v, mask = self.heads(x, context, mask)
+    if numerics == "eager":
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+    return self.proj(merge_heads(ops.attention(q, k, v, mask=mask)))
 
 
 def mlp(self: Any, x: Tensor, *, numerics: str) -> Tensor:
@@ -90,6 +98,15 @@ class Attention(dit_block.Attention):
         return attention(self, x, rope, numerics=self.numerics)
 
 
+class CrossAttention(dit_block.CrossAttention):
+    __doc__ = dit_block.CrossAttention.__doc__
+
+    numerics = "fp32"
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        return cross_attention(self, x, context, mask, numerics=self.numerics)
+
+
 class Mlp(dit_block.Mlp):
     __doc__ = dit_block.Mlp.__doc__
 
@@ -115,25 +132,43 @@ class DiTBlock(reference.DiTBlock):
     each residual then meets the next norm in one pass.
 
     Args:
-        *args: those of `reference.DiTBlock`.
+        hidden_size: D.
+        num_heads: heads of D / num_heads dimensions.
+        mlp_ratio: width of the MLP over D; a SwiGLU has two thirds of it twice, so as many parameters.
+        qk_norm: normalization of each head of q and k: None, "rms" or "layer".
+        mlp: "gelu", with the tanh form of GELU, or "swiglu".
+        cross_attention_dim: dimension of a context to attend to between the two; None: there is none.
         numerics: "fp32" rounds once at the end of every fused operation; "eager" where the reference rounds, so that
             values and gradients are bit for bit the reference's on the same device.
-        **kwargs: those of `reference.DiTBlock`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: a size does not fit, or qk_norm, mlp or numerics is none of these.
     """
 
     attention_class = Attention
+    cross_attention_class = CrossAttention
     mlp_class = Mlp
     swiglu_class = SwiGLU
 
-    def __init__(self, *args: Any, numerics: str = "fp32", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qk_norm: str | None = None,
+        mlp: str = "gelu",
+        cross_attention_dim: int | None = None,
+        numerics: str = "fp32",
+    ) -> None:
         check_choice("numerics", numerics, NUMERICS)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, mlp=mlp, cross_attention_dim=cross_attention_dim
+        )
         self.numerics = numerics
-        for module in (self.attn, self.mlp):
-            module.numerics = numerics  # type: ignore[assignment]
+        for module in self.children():
+            if isinstance(module, Attention | CrossAttention | Mlp | SwiGLU):
+                module.numerics = numerics
 
     def forward(
         self,
@@ -143,6 +178,7 @@ class DiTBlock(reference.DiTBlock):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
+        check_condition(x, c, self.hidden_size)
         stream = self.advance((x, None, None), self.adaLN_modulation(c), rope, context, context_mask)
         return added(stream, self.numerics)
 

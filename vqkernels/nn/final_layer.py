@@ -7,6 +7,7 @@ from torch import Tensor
 from vqkernels import reference
 from vqkernels.nn.dit_block import NUMERICS, Stream, normalized
 from vqkernels.ops._checks import check_choice
+from vqkernels.reference.dit_block import check_condition
 
 
 def finish(self: Any, stream: Stream, modulation: Tensor, *, numerics: str) -> Tensor:
@@ -19,20 +20,22 @@ class FinalLayer(reference.FinalLayer):
     """`reference.FinalLayer`, with its state_dict, in fewer passes over memory.
 
     Args:
-        *args: those of `reference.FinalLayer`.
+        hidden_size: D.
+        patch_size: p, the sides of a patch.
+        out_channels: C.
         numerics: "fp32" or "eager", see `DiTBlock`.
-        **kwargs: those of `reference.FinalLayer`.
 
     Raises:
         ValueError: numerics is neither.
     """
 
-    def __init__(self, *args: Any, numerics: str = "fp32", **kwargs: Any) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, numerics: str = "fp32") -> None:
         check_choice("numerics", numerics, NUMERICS)
-        super().__init__(*args, **kwargs)
+        super().__init__(hidden_size, patch_size, out_channels)
         self.numerics = numerics
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        check_condition(x, c, self.hidden_size)
         return self.advance((x, None, None), self.adaLN_modulation(c))
 
     def advance(self, stream: Stream, modulation: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqkernels.reference._checks import FLOAT_TYPES, check_tensor
 from vqkernels.reference.qk_norm_rope import qk_norm_rope
 
 QK_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
@@ -59,11 +60,14 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def heads(self, x: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries [B, H, L, D], keys and values [B, H, S, D], and the mask [B, S] as [B, 1, 1, S]."""
         (q,) = split_heads(self.q_linear(x), 1, self.num_heads)
         k, v = split_heads(self.kv_linear(context), 2, self.num_heads)
-        q, k, v = heads_first(q, k, v)
-        mask = None if mask is None else mask[:, None, None]
+        return *heads_first(q, k, v), None if mask is None else mask[:, None, None]
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v, mask = self.heads(x, context, mask)
         return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
@@ -117,6 +121,7 @@ class DiTBlock(nn.Module):
     """
 
     attention_class: type[Attention] = Attention
+    cross_attention_class: type[CrossAttention] = CrossAttention
     mlp_class: type[Mlp] = Mlp
     swiglu_class: type[SwiGLU] = SwiGLU
 
@@ -136,10 +141,11 @@ class DiTBlock(nn.Module):
         width = int(hidden_size * mlp_ratio)
         if width < 2:
             raise ValueError(f"mlp_ratio: expected at least 2 / {hidden_size}, got {mlp_ratio}")
+        self.hidden_size = hidden_size
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPS)
         self.attn = self.attention_class(hidden_size, num_heads, qk_norm=qk_norm)
         if cross_attention_dim is not None:
-            self.cross_attn = CrossAttention(hidden_size, num_heads, cross_attention_dim)
+            self.cross_attn = self.cross_attention_class(hidden_size, num_heads, cross_attention_dim)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPS)
         self.mlp: Mlp | SwiGLU
         if mlp == "gelu":
@@ -187,8 +193,10 @@ class DiTBlock(nn.Module):
             [B, L, D].
 
         Raises:
-            ValueError: a context is missing, or there is nothing that attends to it.
+            TypeError: x or c is no tensor of floating-point numbers.
+            ValueError: x or c has another shape, a context is missing, or there is nothing that attends to it.
         """
+        check_condition(x, c, self.hidden_size)
         self.check_context(context)
         modulation = self.adaLN_modulation(c)
         modulation = modulation.unsqueeze(1) if modulation.ndim < x.ndim else modulation
@@ -217,6 +225,22 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 def merge_heads(x: Tensor) -> Tensor:
     """[B, L, H D] of [B, H, L, D]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def check_condition(x: Tensor, c: Tensor, dim: int) -> None:
+    """Checks for tokens x [B, L, dim] and a condition [B, dim] or [B, L, dim], whose B and L may be 1."""
+    for name, value in (("x", x), ("c", c)):
+        check_tensor(name, value, FLOAT_TYPES)
+    if x.ndim != 3 or x.shape[2] != dim:
+        raise ValueError(f"x: expected shape [B, L, {dim}], got {list(x.shape)}")
+    batch, length, _ = x.shape
+    sizes = c.shape[:-1]
+    fits = c.ndim in (2, 3) and c.shape[-1] == dim
+    if not fits or any(size not in (1, whole) for size, whole in zip(sizes, (batch, length), strict=False)):
+        raise ValueError(
+            f"c: expected shape [{batch}, {dim}] or [{batch}, {length}, {dim}] to match x of shape {list(x.shape)}, "
+            f"got {list(c.shape)}"
+        )
 
 
 def check_heads(dim: int, num_heads: int) -> None:
