@@ -151,6 +151,58 @@ def test_a_broken_row_stays_alone(bad):
             assert same_bits(result[rest], before[rest])
 
 
+TWO = "branch gate shift scale shift2 scale2 weight bias"
+
+
+@pytest.mark.parametrize(("numerics", "backend"), [("fp32", "native"), ("eager", "native"), ("fp32", "reference")])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize(
+    ("names", "used"),
+    [
+        ("branch gate shift scale weight bias", (0,)),
+        ("branch shift scale", (0,)),
+        ("branch", (0,)),
+        (TWO, (0,)),
+        (TWO, (0, 2)),
+        (TWO, (0, 1)),
+        (TWO, (2,)),
+        (TWO, (1,)),
+    ],
+)
+def test_what_is_not_in_use_has_no_part_in_gradients(names, used, norm, numerics, backend):
+    """Rows without an rstd, and a scale that is infinite, of results that nobody reads: gradients are as without."""
+    a = arguments((2, 40, 17), names)
+    unread = set((1, 2) if "shift2" in names else (1,)) - set(used)
+    if not {1, 2} & set(used):
+        a.x[1, 7], a.branch[1, 7] = 3.0, 0.0  # with eps 0 its rstd is infinite under "layer", under "rms" this is:
+        a.x[0, 5], a.branch[0, 5] = 0.0, 0.0
+        a.x[1, 9, 2] = torch.inf
+    if 1 in unread and a.scale is not None:
+        a.scale[0, 3] = torch.inf
+    if 2 in unread and a.scale2 is not None:
+        a.scale2[0, 3] = torch.inf
+
+    def gradients(call, a):
+        a = Arguments(**{name: t.detach().requires_grad_() for name, t in a.tensors().items()})
+        outputs = [call(a)[i] for i in used]
+        grads = [torch.randn(2, 40, 17, generator=torch.Generator().manual_seed(i)).to(outputs[0].dtype) for i in used]
+        return torch.autograd.grad(outputs, list(a.tensors().values()), grads, allow_unused=True)
+
+    actual = gradients(lambda a: fused(a, norm, 0.0, numerics=numerics, backend=backend), a)
+    plain = gradients(lambda a: expression(a, norm, 0.0), a)
+    truth = gradients(lambda a: expression(a, norm, 0.0), a.to(torch.float64))
+    for result, reference, exact in zip(actual, plain, truth, strict=True):
+        assert (result is None) == (reference is None)
+        if result is None:
+            continue
+        assert torch.equal(result.isnan(), reference.isnan())
+        if numerics == "eager":
+            assert same_bits(result, reference)
+        allowed = 64 * torch.finfo(result.dtype).eps * exact.abs().nan_to_num(0, 0).max()
+        assert ((result.double() - exact).abs().nan_to_num(0) <= allowed).all()
+    assert not actual[0].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")

@@ -92,7 +92,7 @@ def test_float64():
         )
 
 
-@pytest.mark.parametrize(("sample_type", "output_type"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("sample_type", "output_type"), list(itertools.product(DTYPES, DTYPES)))
 def test_dtypes_meet(sample_type, output_type):
     """Computed in float32, or float64 where it occurs, and rounded once, to the dtype of the sample."""
     shape = (2, 3, 11)

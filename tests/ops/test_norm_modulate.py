@@ -174,6 +174,23 @@ def test_infinite_scales():
         assert torch.equal(actual.isinf(), plain.isinf())
 
 
+@pytest.mark.parametrize("numerics", ["fp32", "eager"])
+@pytest.mark.parametrize("used", [0, 1])
+def test_the_result_not_in_use_has_no_part_in_gradients(used, numerics):
+    a = arguments((2, 9, 17), "shift scale shift2 scale2")
+    (a.scale2 if used == 0 else a.scale)[0, 3] = torch.inf
+    outcomes = []
+    for call in (expression, lambda a: fused(a, numerics=numerics)):
+        leaves = Arguments(**{name: t.detach().requires_grad_() for name, t in a.tensors().items()})
+        outcomes.append(torch.autograd.grad(call(leaves)[used].sum(), leaves.tensors().values(), allow_unused=True))
+    assert [grad is None for grad in outcomes[0]] == [grad is None for grad in outcomes[1]]
+    for expected, actual in zip(*outcomes, strict=True):
+        if expected is not None:
+            assert expected.isfinite().all()
+            assert numerics == "fp32" or same_bits(actual, expected)
+            assert (actual - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float64")])
 def test_mixed_dtypes(dtypes):
     x_dtype, other = (getattr(torch, name) for name in dtypes)

@@ -139,7 +139,7 @@ def test_compiles(capability, dtype, dim, rotated, compiled):
         qk_norm_rope_backward(x, x, weight, bias, *tables, norm, across, 1e-6, layout)
     qk_norm_rope(x, weight, None, *tables, factor, "rms", False, 1e-6, "interleaved")
     qk_norm_rope(x, None, None, *tables, None, "none", False, 1e-6, "half")
-    assert {key[0] for key in programs} == {"_norm_rope_backward_kernel", "_norm_rope_kernel"}
+    assert {key[0] for key in programs} == {"norm_rope_backward_kernel", "norm_rope_kernel"}
     for program in programs.values():
         instructions = set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", program.ptx, re.MULTILINE))
         assert any(i.startswith("st.global") for i in instructions)

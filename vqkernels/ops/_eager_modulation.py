@@ -4,7 +4,7 @@ Norms and sums are torch's own calls, in the order in which autograd makes them;
 that a compiler cannot fuse parts of it into something that rounds differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqkernels.ops import _backend
+from vqkernels.ops._modulation import used_first
 from vqkernels.reference.norm_modulate import norm_dtype, over_rows, result_dtype
 
 
@@ -206,6 +207,42 @@ _define(
 )
 
 
+def _gradients(
+    grad_residual: Tensor | None,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    modulations: Sequence[Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    needed: Sequence[bool],
+) -> list[Any]:
+    """Of x, of x once more (None unless "rms" leaves the two apart), shift, scale, shift2, scale2, weight and bias.
+
+    `grads` are those of one result or two, at least one is given; to autograd a result without one does not exist.
+    `needed` is that of the last six.
+    """
+    grad_y, grad_y2 = used_first([*grads, *[None] * (2 - len(grads))], grads)
+    values = used_first([None if value is None else over_rows(value, x) for value in modulations], grads)
+    needs = used_first(needed[:4], grads)
+    wanted = needs if grad_y2 is not None else [*needs[:2], False, False]
+    grad_x, again, *gradients, grad_weight, grad_bias = torch.ops.vqkernels.norm_modulate_eager_backward(
+        grad_residual, grad_y, grad_y2, x, *values, weight, bias, norm, eps, [*wanted, needed[4] or needed[5]]
+    )
+    of_modulations = [
+        gradient.reshape(value.shape) if value is not None and want else None
+        for value, gradient, want in zip(used_first(modulations, grads), gradients, wanted, strict=True)
+    ]
+    return [
+        grad_x,
+        again if norm == "rms" and grad_residual is None else None,
+        *used_first(of_modulations, grads),
+        grad_weight if needed[4] else None,
+        grad_bias if needed[5] else None,
+    ]
+
+
 class _NormModulateEager(torch.autograd.Function):
     """Takes x twice for "rms": it is read twice, and autograd adds the two gradients to others of x one by one."""
 
@@ -227,39 +264,21 @@ class _NormModulateEager(torch.autograd.Function):
         values = [None if value is None else over_rows(value, x) for value in (shift, scale, shift2, scale2)]
         y, y2 = torch.ops.vqkernels.norm_modulate_eager(x, *values, weight, bias, norm, eps, two)
         ctx.save_for_backward(x, shift, scale, shift2, scale2, weight, bias)
-        ctx.options = (norm, eps, two)
+        ctx.options = (norm, eps)
+        ctx.set_materialize_grads(False)
         return (y, y2) if two else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * 11
         x, *modulations, weight, bias = ctx.saved_tensors
-        norm, eps, two = ctx.options
-        needed = ctx.needs_input_grad
-        values = [None if value is None else over_rows(value, x) for value in modulations]
-        grad_x, grad_x_again, *gradients, grad_weight, grad_bias = torch.ops.vqkernels.norm_modulate_eager_backward(
-            None,
-            grads[0],
-            grads[1] if two else None,
-            x,
-            *values,
-            weight,
-            bias,
-            norm,
-            eps,
-            [*needed[2:6], needed[6] or needed[7]],
+        norm, eps = ctx.options
+        grad_x, grad_x_again, *others = _gradients(
+            None, grads, x, modulations, weight, bias, norm, eps, ctx.needs_input_grad[2:8]
         )
-        return (
-            grad_x,
-            grad_x_again if norm == "rms" else None,
-            *(
-                grad.reshape(value.shape) if value is not None and need else None
-                for value, grad, need in zip(modulations, gradients, needed[2:6], strict=True)
-            ),
-            grad_weight if needed[6] else None,
-            grad_bias if needed[7] else None,
-            *[None] * 3,
-        )
+        return grad_x, grad_x_again, *others, *[None] * 3
 
 
 class _GateResidualEager(torch.autograd.Function):
@@ -304,45 +323,29 @@ class _GateResidualNormModulateEager(torch.autograd.Function):
         y, y2 = torch.ops.vqkernels.norm_modulate_eager(normalized, *values, weight, bias, norm, eps, two)
         kept = None if gate is None else branch
         ctx.save_for_backward(residual, kept, gate, shift, scale, shift2, scale2, weight, bias)
-        ctx.options = (norm, eps, two, normalized.dtype, x.dtype, branch.dtype)
+        ctx.options = (norm, eps, normalized.dtype, x.dtype, branch.dtype)
+        ctx.set_materialize_grads(False)
         return (residual, y, y2) if two else (residual, y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_residual: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         residual, branch, gate, *modulations, weight, bias = ctx.saved_tensors
-        norm, eps, two, dtype, x_dtype, branch_dtype = ctx.options
-        needed = ctx.needs_input_grad
-        values = [None if value is None else over_rows(value, residual) for value in modulations]
-        grad, _, *gradients, grad_weight, grad_bias = torch.ops.vqkernels.norm_modulate_eager_backward(
-            grad_residual,
-            grads[0],
-            grads[1] if two else None,
-            residual.to(dtype),
-            *values,
-            weight,
-            bias,
-            norm,
-            eps,
-            [*needed[3:7], needed[7] or needed[8]],
-        )
+        norm, eps, dtype, x_dtype, branch_dtype = ctx.options
+        others: list[Tensor | None] = [None] * 6
+        if any(of_result is not None for of_result in grads):
+            grad, again, *others = _gradients(
+                grad, grads, residual.to(dtype), modulations, weight, bias, norm, eps, ctx.needs_input_grad[3:9]
+            )
+            grad = (grad if again is None else grad + again).to(residual.dtype)
+        if grad is None:
+            return (None,) * 12
         grad_branch, grad_gate = grad, None
         if gate is not None:
             kernel = torch.ops.vqkernels.gate_residual_eager_backward
             grad_branch, grad_gate = kernel(grad, branch, over_rows(gate, branch))
             grad_gate = grad_gate.reshape(gate.shape)
-        return (
-            grad.to(x_dtype),
-            grad_branch.to(branch_dtype),
-            grad_gate,
-            *(
-                grad.reshape(value.shape) if value is not None and need else None
-                for value, grad, need in zip(modulations, gradients, needed[3:7], strict=True)
-            ),
-            grad_weight if needed[7] else None,
-            grad_bias if needed[8] else None,
-            *[None] * 3,
-        )
+        return grad.to(x_dtype), grad_branch.to(branch_dtype), grad_gate, *others, *[None] * 3
 
 
 def norm_modulate_eager(

@@ -6,6 +6,7 @@ Kernels see x and branch as [B, L, D] and a modulation (shift, scale or gate) as
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ NUMERICS = ("fp32", "eager")
 NO_GRADIENT, OF_ALL, OF_BATCH, OF_ROW = range(4)
 
 Second = tuple[Tensor | None, Tensor | None] | None
+
+T = TypeVar("T")
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -99,6 +102,65 @@ def kernel_modulation(value: Tensor | None, x: Tensor, dtype: torch.dtype | None
         if value.shape[1] != 1 and value.shape[0] != x.shape[0]:
             value = value.expand(x.shape[0], -1, -1)
     return value if dtype is None or value.dtype == dtype else value.to(dtype)
+
+
+def kernel_modulations(
+    values: Sequence[Tensor | None], x: Tensor, dtype: torch.dtype, unmodulated: torch.dtype
+) -> list[Tensor | None]:
+    """Shift, scale, shift2 and scale2 for the forward kernels, whose result is `unmodulated` without any of them."""
+    modulations = [kernel_modulation(value, x, dtype) for value in values]
+    if dtype != unmodulated and all(value is None for value in modulations):
+        modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
+    return modulations
+
+
+def used_first(values: Sequence[T], grads: Sequence[Tensor | None]) -> Sequence[T]:
+    """What belongs to the first and what to the second result, with the only result in use first; its own inverse."""
+    if grads[0] is not None or len(grads) == 1:
+        return values
+    half = len(values) // 2
+    return [*values[half:], *values[:half]]
+
+
+def backward_arguments(
+    grads: Sequence[Tensor | None],
+    modulations: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    x: Tensor,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor | None], list[Tensor | None], list[int]]:
+    """What the backward kernels take of the modulated results, of which at least one has a gradient.
+
+    A result without one is left out: a gradient of 0 would become NaN where the norm or a scale is not finite.
+
+    Args:
+        grads: of one result or two, None where it is not in use.
+        modulations: shift, scale, shift2 and scale2.
+        wanted: whether each of them needs a gradient.
+        x: [B, ..., D].
+        dtype: of the results.
+
+    Returns:
+        grad_y and grad_y2, scale and scale2, and the layouts of the four gradients, all as `used_first` orders them.
+    """
+    grad, grad2 = used_first(grads if len(grads) == 2 else (grads[0], None), grads)
+    assert grad is not None
+    values, needs = used_first(modulations, grads), used_first(wanted, grads)
+    if grad2 is None:
+        values = [values[0], values[1], None, None]
+    layouts = [gradient_layout(value, x, need) for value, need in zip(values, needs, strict=True)]
+    of_scales = [kernel_modulation(values[1], x, dtype), kernel_modulation(values[3], x, dtype)]
+    return [rows(grad), None if grad2 is None else rows(grad2)], of_scales, layouts
+
+
+def modulation_gradients(
+    grads: Sequence[Tensor | None],
+    modulations: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    layouts: Sequence[int],
+) -> Sequence[Tensor | None]:
+    """Those of shift, scale, shift2 and scale2, of what the kernels gave for `backward_arguments`."""
+    return used_first([*map(gradient_of, used_first(modulations, grads), gradients, layouts)], grads)
 
 
 def gradient_layout(value: Tensor | None, x: Tensor, wanted: bool) -> int:

@@ -44,6 +44,16 @@ _backend.define(
 )
 
 
+def gate_residual_gradients(
+    grad: Tensor, branch: Tensor, gate: Tensor, of_gate: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Those of branch and, if it is wanted, gate, from that of the residual."""
+    layout = gradient_layout(gate, branch, of_gate)
+    kernel = _backend.implementation("gate_residual_backward", backend)
+    grad_branch, grad_gate = kernel(rows(grad), rows(branch), kernel_modulation(gate, branch), layout)
+    return grad_branch.reshape(branch.shape), gradient_of(gate, grad_gate, layout)
+
+
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, backend: str | None) -> Tensor:
@@ -59,10 +69,7 @@ class _GateResidual(torch.autograd.Function):
         dtype, backend = ctx.options
         grad_branch = grad_gate = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            layout = gradient_layout(gate, branch, ctx.needs_input_grad[2])
-            kernel = _backend.implementation("gate_residual_backward", backend)
-            grad_branch, grad_gate = kernel(rows(grad), rows(branch), kernel_modulation(gate, branch), layout)
-            grad_branch, grad_gate = grad_branch.reshape(branch.shape), gradient_of(gate, grad_gate, layout)
+            grad_branch, grad_gate = gate_residual_gradients(grad, branch, gate, ctx.needs_input_grad[2], backend)
         return grad.to(dtype), grad_branch, grad_gate, None
 
 

@@ -11,6 +11,7 @@ from vqkernels.ops import _backend
 from vqkernels.ops._eager_modulation import gate_residual_norm_modulate_eager
 from vqkernels.ops._modulation import (
     Second,
+    backward_arguments,
     check_branch,
     check_modulation,
     check_norm,
@@ -20,11 +21,14 @@ from vqkernels.ops._modulation import (
     gradient_layout,
     gradient_of,
     kernel_modulation,
+    kernel_modulations,
+    modulation_gradients,
     of_rows,
     promoted,
     rows,
     wide_of,
 )
+from vqkernels.ops.gate_residual import gate_residual_gradients
 from vqkernels.reference.norm_modulate import norm_dtype
 
 
@@ -115,9 +119,8 @@ def _forward(
     backend: str | None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The results of `gate_residual_norm_modulate`, mean and rstd."""
-    modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
-    if all(value is None for value in modulations) and dtype != promoted((x, branch, gate)):
-        modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
+    unmodulated = promoted((x, branch, gate))
+    modulations = kernel_modulations((shift, scale, shift2, scale2), x, dtype, unmodulated)
     kernel = _backend.implementation("gate_residual_norm_modulate", backend)
     residual, y, y2, mean, rstd = kernel(
         rows(x), rows(branch), kernel_modulation(gate, x), *modulations, weight, bias, norm, eps, two
@@ -131,45 +134,52 @@ class _GateResidualNormModulate(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         results, mean, rstd = _forward(*arguments)
         x, branch, gate = arguments[:3]
-        norm, _, two, dtype, backend = arguments[9:]
+        norm, _, _, dtype, backend = arguments[9:]
         # Without a gate the gradient needs the sum alone, which lives on as the residual.
         inputs = (results[0], None) if gate is None else (x, branch)
         ctx.save_for_backward(*inputs, *arguments[2:9], mean, rstd)
-        ctx.options = (norm, two, dtype, backend, x.dtype, branch.dtype)
+        ctx.options = (norm, dtype, backend, x.dtype, branch.dtype)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_residual: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, branch, *modulations, weight, bias, mean, rstd = ctx.saved_tensors
-        norm, two, dtype, backend, x_dtype, branch_dtype = ctx.options
+        x, branch, gate, *modulations, weight, bias, mean, rstd = ctx.saved_tensors
+        norm, dtype, backend, x_dtype, branch_dtype = ctx.options
         needed = ctx.needs_input_grad
-        layouts = [gradient_layout(value, x, need) for value, need in zip(modulations, needed[2:7], strict=True)]
-        of_outputs = [rows(x.new_zeros(x.shape, dtype=dtype) if grad is None else grad) for grad in grads]
+        gate_layout = gradient_layout(gate, x, needed[2])
+        if all(grad is None for grad in grads):
+            # The norm is not in use: what it does with a row that is not finite must not show.
+            if grad_residual is None:
+                return (None,) * 14
+            grad_branch, grad_gate = grad_residual.to(branch_dtype), None
+            if gate is not None:
+                grad_branch, grad_gate = gate_residual_gradients(grad_residual, branch, gate, needed[2], backend)
+            return grad_residual.to(x_dtype), grad_branch, grad_gate, *[None] * 11
+        of_results, scales, layouts = backward_arguments(grads, modulations, needed[3:7], x, dtype)
         kernel = _backend.implementation("gate_residual_norm_modulate_backward", backend)
-        grad_x, grad_branch, *gradients, grad_weight, grad_bias = kernel(
+        grad_x, grad_branch, grad_gate, *gradients, grad_weight, grad_bias = kernel(
             None if grad_residual is None else rows(grad_residual),
-            of_outputs[0],
-            of_outputs[1] if two else None,
+            *of_results,
             rows(x),
             None if branch is None else rows(branch),
-            kernel_modulation(modulations[0], x),
-            kernel_modulation(modulations[2], x, dtype),
-            kernel_modulation(modulations[4], x, dtype),
+            kernel_modulation(gate, x),
+            *scales,
             weight,
             bias,
             mean,
             rstd,
             norm,
-            layouts,
+            [gate_layout, *layouts],
             needed[7] or needed[8],
         )
         grad_branch = grad_x if branch is None else grad_branch
         return (
             of_rows(grad_x, x).to(x_dtype),
             of_rows(grad_branch, x).to(branch_dtype),
-            *map(gradient_of, modulations, gradients, layouts),
+            gradient_of(gate, grad_gate, gate_layout),
+            *modulation_gradients(grads, modulations, gradients, layouts),
             grad_weight if needed[7] else None,
             grad_bias if needed[8] else None,
             *[None] * 5,

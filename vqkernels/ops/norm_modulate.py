@@ -11,14 +11,14 @@ from vqkernels.ops import _backend
 from vqkernels.ops._eager_modulation import norm_modulate_eager
 from vqkernels.ops._modulation import (
     Second,
+    backward_arguments,
     check_modulation,
     check_norm,
     check_rows,
     check_second,
     empty_gradient,
-    gradient_layout,
-    gradient_of,
-    kernel_modulation,
+    kernel_modulations,
+    modulation_gradients,
     of_rows,
     promoted,
     rows,
@@ -101,9 +101,7 @@ def _forward(
     backend: str | None,
 ) -> tuple[Any, Tensor, Tensor]:
     """The result of `norm_modulate`, mean and rstd."""
-    modulations = [kernel_modulation(value, x, dtype) for value in (shift, scale, shift2, scale2)]
-    if x.dtype != dtype and all(value is None for value in modulations):
-        modulations[0] = x.new_zeros((1, 1, x.shape[-1]), dtype=dtype)  # gives the result its dtype
+    modulations = kernel_modulations((shift, scale, shift2, scale2), x, dtype, unmodulated=x.dtype)
     kernel = _backend.implementation("norm_modulate", backend)
     y, y2, mean, rstd = kernel(rows(x), *modulations, weight, bias, norm, eps, two)
     return (of_rows(y, x), of_rows(y2, x)) if two else of_rows(y, x), mean, rstd
@@ -114,35 +112,27 @@ class _NormModulate(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         result, mean, rstd = _forward(*arguments)
         ctx.save_for_backward(*arguments[:7], mean, rstd)
-        norm, _, two, dtype, backend = arguments[7:]
-        ctx.options = (norm, two, dtype, backend)
+        norm, _, _, dtype, backend = arguments[7:]
+        ctx.options = (norm, dtype, backend)
+        ctx.set_materialize_grads(False)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * 12
         x, *modulations, weight, bias, mean, rstd = ctx.saved_tensors
-        norm, two, dtype, backend = ctx.options
+        norm, dtype, backend = ctx.options
         needed = ctx.needs_input_grad
-        layouts = [gradient_layout(value, x, need) for value, need in zip(modulations, needed[1:5], strict=True)]
+        of_results, scales, layouts = backward_arguments(grads, modulations, needed[1:5], x, dtype)
         kernel = _backend.implementation("norm_modulate_backward", backend)
         grad_x, *gradients, grad_weight, grad_bias = kernel(
-            rows(grads[0]),
-            rows(grads[1]) if two else None,
-            rows(x),
-            kernel_modulation(modulations[1], x, dtype),
-            kernel_modulation(modulations[3], x, dtype),
-            weight,
-            bias,
-            mean,
-            rstd,
-            norm,
-            layouts,
-            needed[5] or needed[6],
+            *of_results, rows(x), *scales, weight, bias, mean, rstd, norm, layouts, needed[5] or needed[6]
         )
         return (
             of_rows(grad_x, x),
-            *map(gradient_of, modulations, gradients, layouts),
+            *modulation_gradients(grads, modulations, gradients, layouts),
             grad_weight if needed[5] else None,
             grad_bias if needed[6] else None,
             *[None] * 5,

@@ -187,7 +187,7 @@ for _schema, _kernel, _rule in (
 
 
 class _QkNormRope(torch.autograd.Function):
-    """Takes parameters and tables in the shapes and the type of the kernels."""
+    """Takes parameters and tables as its operation does: `eager` those of the plain expression, else the kernels'."""
 
     @staticmethod
     def forward(
@@ -199,55 +199,22 @@ class _QkNormRope(torch.autograd.Function):
         sin: Tensor | None,
         options: tuple[str, bool, float, str],
         backend: str | None,
+        eager: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, cos, sin)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.backend, ctx.eager = options, backend, eager
+        if eager:
+            return torch.ops.vqkernels.qk_norm_rope_eager(x, weight, bias, cos, sin, *options, backend)
         return _backend.implementation("qk_norm_rope", backend)(x, weight, bias, cos, sin, None, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cos, sin = ctx.saved_tensors
-        run = _backend.implementation("qk_norm_rope_backward", ctx.backend)
+        eager = torch.ops.vqkernels.qk_norm_rope_eager_backward
+        run = eager if ctx.eager else _backend.implementation("qk_norm_rope_backward", ctx.backend)
         grad_x, grad_weight, grad_bias = run(grad, x, weight, bias, cos, sin, *ctx.options)
-        return (
-            grad_x,
-            None if weight is None else grad_weight,
-            None if bias is None else grad_bias,
-            *[None] * 4,
-        )
-
-
-class _EagerQkNormRope(torch.autograd.Function):
-    """Takes parameters and tables as the plain expression does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        options: tuple[str, bool, float, str],
-        backend: str | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, cos, sin)
-        ctx.options = options
-        return torch.ops.vqkernels.qk_norm_rope_eager(x, weight, bias, cos, sin, *options, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, cos, sin = ctx.saved_tensors
-        run = torch.ops.vqkernels.qk_norm_rope_eager_backward
-        grad_x, grad_weight, grad_bias = run(grad, x, weight, bias, cos, sin, *ctx.options)
-        return (
-            grad_x,
-            None if weight is None else grad_weight,
-            None if bias is None else grad_bias,
-            *[None] * 4,
-        )
+        return grad_x, None if weight is None else grad_weight, None if bias is None else grad_bias, *[None] * 5
 
 
 def _matrix(parameter: Tensor, heads: int, dim: int) -> Tensor:
@@ -350,14 +317,14 @@ def qk_norm_rope(
             numerics=numerics,
         )
     options = (norm or "none", across_heads, float(eps), layout)
-    if numerics == "fp32":
+    eager = numerics == "eager"
+    if not eager:
         cos, sin = _tables(q, cos, sin)
 
     def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if numerics == "eager":
-            return _EagerQkNormRope.apply(x, weight, bias, cos, sin, options, backend)
-        wide = wide_type(x)
-        weight, bias = (None if t is None else _matrix(t.to(wide), *x.shape[2:]) for t in (weight, bias))
-        return _QkNormRope.apply(x, weight, bias, cos, sin, options, backend)
+        if not eager:
+            wide = wide_type(x)
+            weight, bias = (None if t is None else _matrix(t.to(wide), *x.shape[2:]) for t in (weight, bias))
+        return _QkNormRope.apply(x, weight, bias, cos, sin, options, backend, eager)
 
     return apply(q, q_weight, q_bias), None if k is None else apply(k, k_weight, k_bias)
