@@ -126,7 +126,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"vqkernels {origin['vqkernels']} ({origin['commit'] or 'no commit'}), torch {origin['packages']['torch']}, "
         f"{machine(report)}, {origin['date']}.",
         "",
-        f'Times are of at most {origin["rounds"]} interleaved rounds, each of the samples that fit in '
+        f"Times are of at most {origin['rounds']} interleaved rounds, each of the samples that fit in "
         f'{1000 * TURN:.0f} ms, after a call that is not timed; "x ours" is the ratio of the minima. "G/s" is '
         + ", or ".join(UNITS.values())
         + ', both measured between the rounds. "differs" is the share of rows whose code is not the canonical one, '
