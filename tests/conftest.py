@@ -24,6 +24,30 @@ settings.register_profile(
 )
 settings.load_profile("vqkernels")
 
+# Files of few tests that take longest, the longest first: begun last, one of them would run on alone.
+LONG = [
+    f"{name}.py"
+    for name in (
+        "triton/test_interpreter",
+        "sanitizers/test_sanitizers",
+        "distributed/test_distributed",
+        "triton/test_compile",
+    )
+]
+
+
+def pytest_configure(config):
+    """pytest-xdist begins files as they are ordered here, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((i for i, name in enumerate(LONG) if item.path.as_posix().endswith(f"/tests/{name}")), len(LONG))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():

@@ -13,7 +13,10 @@
 
 #include "../float16.h"
 
+// A build may define it as `inline`, which compiles faster; the results are the same.
+#ifndef VQKERNELS_LANES_INLINE
 #define VQKERNELS_LANES_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace vqkernels::cpu {
 namespace {
