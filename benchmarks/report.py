@@ -127,7 +127,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{machine(report)}, {origin['date']}.",
         "",
         f"Times are of at most {origin['rounds']} interleaved rounds, each of the samples that fit in "
-        f'{1000 * TURN:.0f} ms, after a call that is not timed; "x ours" is the ratio of the minima. "G/s" is '
+        f"{1000 * TURN:.0f} ms, after a call that is not timed (but for calls of over a second); "
+        '"x ours" is the ratio of the minima. "G/s" is '
         + ", or ".join(UNITS.values())
         + ', both measured between the rounds. "differs" is the share of rows whose code is not the canonical one, '
         '"not nearest" the share whose code is farther away in float64 than the nearest one, "error" the largest '
