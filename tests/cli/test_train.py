@@ -1,7 +1,9 @@
 """The train command: what a run writes, that it can be stopped and resumed, and what bad arguments say."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import torch
 from matplotlib.image import imread
 
 from vqkernels import cli
+from vqkernels.cli._runs import folder_of_run
 from vqkernels.models import VQVAE, save_checkpoint
 from vqkernels.training import classifier
 from vqkernels.training.metrics import FRECHET
@@ -213,10 +216,13 @@ def test_what_cannot_be_trained(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "where", ["vqkernels.training.data.digits", "vqkernels.training.dit.DiTTraining.configure_optimizers"]
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_leaves_nothing(tmp_path, number, monkeypatch, capsys):
+def test_a_signal_before_training_leaves_nothing(tmp_path, number, where, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("vqkernels.training.data.digits", lambda: os.kill(os.getpid(), number) or time.sleep(60))
+    monkeypatch.setattr(where, lambda *_: os.kill(os.getpid(), number) or time.sleep(60))
     for folder in (tmp_path / "new" / "run", tmp_path):
         if number == signal.SIGINT:
             assert train(folder) == 128 + number
@@ -251,11 +257,58 @@ def test_bad_arguments(tmp_path, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file", "File exists"), ("file/run", "Not a directory"), ("new/" + "a" * 256, "name too long")],
+)
+def test_a_folder_that_cannot_be_written(tmp_path, name, reason, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
-        train(tmp_path / "file")
-    assert "argument --out: cannot write to" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path / name)
+    assert error.value.code == 2
+    assert re.search(f"argument --out: cannot write to '.*{name}': .*{reason}", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path, monkeypatch, capsys):
+    """As for another user's: root may look into all of them."""
+    stat, mkdir = os.stat, os.mkdir
+
+    def refused(call):
+        def function(path, *args, **kwargs):
+            if str(path).startswith(str(tmp_path / "closed" / "run")):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *args, **kwargs)
+
+        return function
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", refused(stat))
+    monkeypatch.setattr(os, "mkdir", refused(mkdir))
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path / "closed" / "run")
+    assert error.value.code == 2
+    assert re.search("argument --out: cannot write to '.*closed/run': Permission denied", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_only_folders_that_were_made_are_removed(tmp_path, existing):
+    """Also where the name goes through folders that are not there, or through a link."""
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    for name, real in (("nothere/../out", "out"), ("link/../out", "elsewhere/out"), ("link/new/../out", "link/out")):
+        folder = tmp_path / real
+        if existing:
+            folder.mkdir()
+        before = sorted(tmp_path.rglob("*"))
+        with folder_of_run(str(tmp_path / name)) as made:
+            assert made.samefile(folder)
+        assert sorted(tmp_path.rglob("*")) == before
+        with folder_of_run(str(tmp_path / name)) as made:
+            (made / "written").touch()
+        assert (folder / "written").exists()
+        shutil.rmtree(folder)
+    assert not (tmp_path / "nothere").exists()
 
 
 @pytest.mark.parametrize("package", ["lightning", "sklearn", "matplotlib", "rich"])

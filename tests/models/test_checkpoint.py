@@ -52,14 +52,47 @@ def test_other_files_are_refused(tmp_path):
     record = {"format": "vqkernels.models.VQVAE", "config": model.config, "state_dict": {}}
     torch.save(record, tmp_path / "without_weights.pt")
     torch.save(record | {"config": {"codes": 3}}, tmp_path / "without_config.pt")
+    torch.save(record | {"config": model.config | {"downsamplings": 1e30}}, tmp_path / "too_large.pt")
+    torch.save(record | {"state_dict": {1: 2}}, tmp_path / "without_names.pt")
     torch.save({"format": "vqkernels.models.VQVAE"}, tmp_path / "nothing.pt")
     paths = [path for path in tmp_path.iterdir() if path.name != "model.pt"]
-    assert len(paths) == 8
+    assert len(paths) == 10
     for path in paths:
         with pytest.raises(ValueError, match=rf"{path.name}: expected a checkpoint of vqkernels\.models\.VQVAE"):
             load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("device", ["cpuu", "cuda:99"])
+def test_a_bad_device_is_no_bad_file(device, tmp_path):
+    model = VQVAE(**SMALL)
+    save_checkpoint(model, tmp_path / "model.pt")
+    with pytest.raises(Exception, match=r"(?i)device|CUDA") as expected:
+        torch.zeros(1, device=device)
+    with pytest.raises(expected.type, match=r"(?i)device|CUDA") as raised:
+        load_checkpoint(tmp_path / "model.pt", device=device)
+    assert "checkpoint" not in str(raised.value)
+
+
+def test_devices_of_the_file_and_of_the_model_differ(tmp_path):
+    """Weights in the file never are on the device that is asked for before the model is."""
+    model = VQVAE(**SMALL)
+    save_checkpoint(model, tmp_path / "model.pt")
+    loaded = load_checkpoint(tmp_path / "model.pt", device="meta")
+    assert {(name, value.shape, value.device.type) for name, value in loaded.state_dict().items()} == {
+        (name, value.shape, "meta") for name, value in model.state_dict().items()
+    }
+
+
+def test_too_little_memory_is_no_bad_file(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    save_checkpoint(VQVAE(**SMALL), tmp_path / "model.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 def test_signals_through_the_model():

@@ -92,6 +92,37 @@ def test_a_signal_stops_after_the_step_and_the_run_can_go_on(tmp_path, tiny, few
     assert_same_run(whole, parts)
 
 
+class InterruptedAtTheStart(DiTTraining):
+    """Gets SIGINT when Lightning is at work and has not begun to train."""
+
+    def configure_optimizers(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupt_before_the_first_step_is_no_exit(tmp_path, tiny, few_digits, resume):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    path = tmp_path / "run.ckpt"
+    if resume:
+        train(path, tiny(), few_digits, 2)
+    before = path.read_bytes() if resume else None
+    with pytest.raises(KeyboardInterrupt):
+        train(path, tiny(), few_digits, 6, resume=resume, kind=InterruptedAtTheStart)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_other_exits_are_kept(tmp_path, tiny, few_digits):
+    class Exits(DiTTraining):
+        def configure_optimizers(self):
+            raise SystemExit(7)
+
+    with pytest.raises(SystemExit) as raised:
+        train(tmp_path / "run.ckpt", tiny(), few_digits, 2, kind=Exits)
+    assert raised.value.code == 7
+
+
 def test_latents_resume_and_are_saved_with_the_run(tmp_path, tiny, few_digits):
     vqvae = VQVAE(1, 16, residual_channels=8, downsamplings=1, codebook_size=16, codebook_dim=8)
     space = Latents.of(vqvae, few_digits.images)

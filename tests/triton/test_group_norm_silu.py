@@ -123,7 +123,16 @@ def test_direct_calls_check_shapes(device):
             group_norm_silu_backward(grad, x, None, None, *statistics, "silu")
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32), (90, torch.float64)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (80, torch.float32),
+        (80, torch.bfloat16),
+        (90, torch.float32),
+        (90, torch.float64),
+        (90, torch.bfloat16),
+    ],
+)
 def test_compiles(capability, dtype, compiled):
     programs = compiled(capability)
     for last in (False, True):

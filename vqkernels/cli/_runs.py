@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def folder_of_run(name: str) -> Iterator[Path]:
 
     SIGTERM ends the command in between, as SIGINT does, until training has a handler that saves first.
     """
-    missing = [path for path in (Path(name), *Path(name).parents) if not path.exists()]
+    # Without "..", which would be looked for in folders that are missing; links lead where they lead.
+    folder = Path(os.path.realpath(name))
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
 
     def leave(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
@@ -52,10 +55,10 @@ def folder_of_run(name: str) -> Iterator[Path]:
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, leave) if is_main else None
     try:
-        yield writable_folder(name)
+        yield writable_folder(str(folder))
     finally:
-        with suppress(OSError):  # the first one that is not empty, or has not been made, ends it
-            for path in missing:
+        for path in missing:
+            with suppress(OSError):  # it is not empty, or has not been made
                 path.rmdir()
         if is_main:
             signal.signal(signal.SIGTERM, before)

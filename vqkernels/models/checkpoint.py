@@ -16,6 +16,8 @@ FORMAT = "vqkernels.models.VQVAE"
 
 # What torch raises for a file that is no checkpoint, and the model for one of another model.
 UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
     EOFError,
     IndexError,
     KeyError,
@@ -52,9 +54,10 @@ def load_checkpoint(
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: it holds something else.
+        RuntimeError, AssertionError: torch cannot use the device.
     """
     expected = f"a checkpoint of {FORMAT}"
-    content = read_content(path, expected, device)
+    content = read_content(path, expected)
     try:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("it has no such record")
@@ -65,8 +68,8 @@ def load_checkpoint(
     return model.to(device).eval()
 
 
-def read_content(path: str | os.PathLike[str], expected: str, device: torch.device | str = "cpu") -> Any:
-    """What `torch.save` has put into a file, read without running code of the file.
+def read_content(path: str | os.PathLike[str], expected: str) -> Any:
+    """What `torch.save` has put into a file, on the CPU, read without running code of the file.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -74,7 +77,9 @@ def read_content(path: str | os.PathLike[str], expected: str, device: torch.devi
     """
     file = io.BytesIO(Path(path).read_bytes())
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # bytes that are no checkpoint lead torch's unpickler to almost any of them
         got = "a file that torch.load(weights_only=True) cannot read"
         raise ValueError(f"{path}: expected {expected}, got {got}") from error

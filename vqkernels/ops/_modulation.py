@@ -131,7 +131,9 @@ def backward_arguments(
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[int]]:
     """What the backward kernels take of the modulated results, of which at least one has a gradient.
 
-    A result without one is left out: a gradient of 0 would become NaN where the norm or a scale is not finite.
+    A result without one is left out: a gradient of 0 would become NaN where the norm or a scale is not finite. Under
+    torch.compile no result is left out, since dynamo gives zeros for those not in use whatever
+    `set_materialize_grads(False)` says.
 
     Args:
         grads: of one result or two, None where it is not in use.

@@ -206,7 +206,8 @@ def gate_residual_norm_modulate(
         residual = x + gate branch,   n = normalized(residual) weight + bias,   y = n (1 + scale) + shift
 
     The arguments are those of `gate_residual` and `norm_modulate`, and so is the result; under `numerics="fp32"` the
-    norm is that of the sum before it is rounded to the dtype of the residual.
+    norm is that of the sum before it is rounded to the dtype of the residual. Under torch.compile a result that is not
+    in use has a gradient of 0 instead of none, which makes gradients NaN where the norm or its scale is not finite.
 
     Args:
         x: [B, ..., D], D at least 1; float32, float64, bfloat16 or float16.

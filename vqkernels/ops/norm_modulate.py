@@ -159,7 +159,8 @@ def norm_modulate(
     (adaLN, Peebles & Xie, arXiv 2212.09748, section 3.2). normalized(x) is (x - mean) / sqrt(var + eps) over the last
     dimension, or x / sqrt(mean(x^2) + eps) for RMS (Zhang & Sennrich, arXiv 1910.07467). The backward pass saves the
     inputs and two numbers a row and recomputes the rest; gradients are sums in a fixed order, bitwise the same from
-    run to run and for any number of threads.
+    run to run and for any number of threads. Under torch.compile a result that is not in use has a gradient of 0
+    instead of none, which makes gradients NaN where the norm or its scale is not finite.
 
     Args:
         x: rows, [B, ..., D]; float32, float64, bfloat16 or float16, D at least 1.

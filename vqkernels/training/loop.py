@@ -50,8 +50,8 @@ def fit(
 ) -> int | None:
     """Trains until `steps` steps are done in all, or a signal asks to stop.
 
-    SIGINT and SIGTERM let the step end and write the checkpoint; a second one kills. Either way the checkpoint is that
-    of a whole step, and a file of that name is there as a whole or not at all.
+    From the first step on SIGINT and SIGTERM let the step end and write the checkpoint; a second one kills. Either way
+    the checkpoint is that of a whole step, and a file of that name is there as a whole or not at all.
 
     Args:
         module: the model and its training step, which draws everything from the number of the step.
@@ -66,6 +66,7 @@ def fit(
 
     Raises:
         FloatingPointError: loss or weights are not finite when a checkpoint is due, which then is not written.
+        KeyboardInterrupt: SIGINT came before the first step.
     """
     saver = _Saver(checkpoint, save_every)
     with _quiet(), _restored_handlers(), _restored_determinism():
@@ -83,7 +84,13 @@ def fit(
             enable_model_summary=False,
             default_root_dir=checkpoint.parent,
         )
-        trainer.fit(module, _Endless(), ckpt_path=checkpoint if resume else None, weights_only=True)
+        try:
+            trainer.fit(module, _Endless(), ckpt_path=checkpoint if resume else None, weights_only=True)
+        except SystemExit as error:
+            # Lightning exits with 1 on a KeyboardInterrupt, which would end the command without a word.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
     return saver.stopped_by
 
 
